@@ -1,0 +1,31 @@
+# One environment for everything: `make demo` runs the main job, `make test` the whole suite.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-fast lint clean
+
+demo: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" finemask recipe quickstart
+
+test: $(READY) lint
+	$(BIN)/python -m pytest tests
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by its exact version: asked for in a range, a registry may send a build with gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

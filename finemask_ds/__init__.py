@@ -1,0 +1,1 @@
+"""Find sparse subnetworks of pre-trained language models with DeepSpeed (OMP, IMP, TAMT)."""

@@ -1,0 +1,162 @@
+"""The `finemask` command: what can be done with the files that runs leave.
+
+A command is one function that adds its parser and names its handler, listed in `COMMANDS`; handlers import
+what they need, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finemask_ds.errors import UserError
+from finemask_ds.options import Parser
+from finemask_ds.report.table import aligned
+
+if TYPE_CHECKING:
+    from finemask_ds.masks.mask import Mask
+
+Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 after a user's error, which is one sentence on standard error."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.handler(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"finemask: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as in `finemask mask show FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="finemask", description="Look at, compare and export the masks of subnetworks.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _add_mask(commands: Commands) -> None:
+    """`finemask mask show | compare | export`."""
+    mask = commands.add_parser("mask", help="show, compare or export mask files").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+
+    show = mask.add_parser("show", help="sparsity of each matrix, and where the mask comes from")
+    show.add_argument("file", type=Path, metavar="FILE", help="mask file, such as RUN/mask.safetensors")
+    show.set_defaults(handler=_show)
+
+    compare = mask.add_parser("compare", help="Jaccard similarity and distance of masks (TAMT Section 4.2.5)")
+    compare.add_argument("first", type=Path, metavar="FILE", help="mask file")
+    compare.add_argument("others", type=Path, nargs="+", metavar="FILE", help="mask files of the same model")
+    compare.set_defaults(handler=_compare)
+
+    export = mask.add_parser("export", help="write a plain Hugging Face checkpoint with exact zeros")
+    export.add_argument("file", type=Path, metavar="FILE", help="mask file")
+    export.add_argument("--model", required=True, help="hub name, folder or builtin: the model it was made from")
+    export.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder")
+    export.set_defaults(handler=_export)
+
+
+def _add_recipe(commands: Commands) -> None:
+    """`finemask recipe quickstart`."""
+    recipe = commands.add_parser("recipe", help="run an experiment as a plan of runs").add_subparsers(
+        metavar="RECIPE", required=True
+    )
+    quickstart = recipe.add_parser("quickstart", help="every method on the built-in language, in one table")
+    quickstart.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of its runs")
+    quickstart.set_defaults(handler=_quickstart)
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_mask, _add_recipe)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from finemask_ds.masks.files import load_mask
+
+    mask = load_mask(arguments.file)
+    rows = [_counts(name, _by(mask.shapes[name]), mask, [name]) for name in mask]
+    groups: dict[str, list[str]] = {}
+    for name in mask:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    rows += [
+        _counts(pattern, f"{len(names)} matrices", mask, names) for pattern, names in groups.items() if len(names) > 1
+    ]
+    rows.append(_counts("total", f"{len(mask)} matrices", mask, list(mask)))
+    print(aligned(["matrix", "shape", "weights", "kept", "sparsity"], rows))
+    print()
+    for key, value in mask.provenance.items():
+        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    print(f"fingerprint: {mask.fingerprint()}")
+
+
+def _counts(label: str, shape: str, mask: Mask, names: Sequence[str]) -> list[str]:
+    weights = sum(mask.num_weights(name) for name in names)
+    kept = sum(mask.num_kept(name) for name in names)
+    return [label, shape, f"{weights:,}", f"{kept:,}", f"{(weights - kept) / weights:.6f}"]
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from finemask_ds.masks.files import load_mask
+
+    paths = [arguments.first, *arguments.others]
+    masks = [load_mask(path) for path in paths]
+    for path, mask in zip(paths[1:], masks[1:], strict=True):
+        try:
+            mask.check(masks[0].shapes, "the first mask")
+        except UserError as error:
+            raise UserError(f"{path} and {paths[0]} are masks of different models ({error})") from error
+    if len(masks) == 2:
+        _compare_two(*masks)
+    else:
+        _compare_many([str(path) for path in paths], masks)
+
+
+def _compare_two(one: Mask, two: Mask) -> None:
+    similarities = {name: one.jaccard(two, name) for name in one}
+    similarities["mean of the matrices"] = one.mean_jaccard(two)
+    similarities["all weights together"] = one.jaccard(two)
+    rows = [[name, f"{value:.6f}", f"{1 - value:.6f}"] for name, value in similarities.items()]
+    print(aligned(["matrix", "similarity", "distance"], rows))
+
+
+def _compare_many(labels: Sequence[str], masks: Sequence[Mask]) -> None:
+    numbers = [str(number) for number in range(1, len(masks) + 1)]
+    for title, measure in (("similarity", "jaccard"), ("distance", "distance")):
+        print(f"Jaccard {title}, all weights together")
+        rows = [
+            [f"{number} {label}", *(f"{getattr(one, measure)(two):.6f}" for two in masks)]
+            for number, label, one in zip(numbers, labels, masks, strict=True)
+        ]
+        print(aligned(["mask", *numbers], rows))
+        print()
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from finemask_ds.config import PretrainConfig
+    from finemask_ds.models.export import export_checkpoint
+    from finemask_ds.session import pretrain
+
+    model = pretrain(PretrainConfig()) if arguments.model == "builtin" else arguments.model
+    print(export_checkpoint(arguments.file, model, arguments.out))
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    from finemask_ds.recipes.quickstart import main_job
+
+    print(main_job(arguments.root))

@@ -1,0 +1,275 @@
+"""Every knob of a search, with its unit and its source; frozen and strict.
+
+TAMT is Liu et al. 2022 (tables and equations below are theirs); BERT-Tickets is Chen et al. 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from finemask_ds.errors import UserError
+
+TABLE_2_STEPS = {
+    0.2: 3_000,
+    0.3: 6_000,
+    0.4: 8_000,
+    0.5: 11_000,
+    0.6: 14_000,
+    0.7: 17_000,
+    0.8: 20_000,
+    0.9: 22_000,
+}
+"""Steps of TAMT for each sparsity (TAMT Table 2)."""
+
+PAPER_INTERVAL_STEPS = 2_792
+"""Steps of IMP between two prunings: a tenth of two epochs of WikiText-103 (TAMT Appendix B.2)."""
+
+PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
+"""Steps over which the authors' learning rates fall to zero: two epochs, whatever step the mask is taken at."""
+
+VOLATILE = frozenset(
+    {"run", "deepspeed", "log_every", "eval_every", "save_every", "micro_batch_size", "eval_batch_size"}
+)
+"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
+
+
+def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries its own documentation to ``--help``."""
+    metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(ABC):
+    """What every stage shares: model, text, batches, evaluation, run directory."""
+
+    model: str = knob("bert-base-uncased", "hub name, folder, or 'builtin'", source="TAMT 4.1.1")
+    data: str = knob("wikitext-103", "'wikitext-103', a hub text data set, a folder or file of text, or 'builtin'",
+                     source="TAMT 4.1.2")  # fmt: skip
+    batch_size: int = knob(16, "sequences per optimizer step over all ranks", unit="sequences", source="TAMT Table 1")
+    micro_batch_size: int = knob(0, "sequences per forward on one rank; 0: all of the rank's at once", unit="sequences")
+    eval_batch_size: int = knob(0, "dev sequences per forward on one rank; 0: as many as in training", unit="sequences")
+    seq_len: int = knob(512, "tokens per sequence, [CLS] and [SEP] included", unit="tokens", source="TAMT Table 1")
+    dropout: float = knob(0.1, "dropout of the hidden states and the attention in training", source="authors' code")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm; 0: not at all", source="authors' code")
+    weight_decay: float = knob(
+        0.0, "AdamW's weight decay on trained weights; scores never decay", source="authors' code"
+    )
+    dev_blocks: int = knob(0, "dev sequences to evaluate on; 0: all", unit="sequences")
+    seed: int = knob(1, "seed of data order, masking, dropout and random masks", source="TAMT 4.1.3: three seeds")
+    eval_seed: int = knob(0, "seed of the dev masking, the same for every method")
+    log_every: int = knob(50, "a line and a TensorBoard point every so often", unit="steps")
+    eval_every: int = knob(1000, "dev loss of the objective every so often; 0: only at the end", unit="steps")
+    save_every: int = knob(1000, "a checkpoint every so often; 0: only at the end of a stage", unit="steps")
+    run: str = knob("", "run directory; empty: runs/NAME-HASH from the options given")
+    deepspeed: str = knob("", "DeepSpeed JSON file (configs/ds/*.json); empty: one plain process")
+
+    def __post_init__(self) -> None:
+        """Check each number by itself and refuse impossible ones.
+
+        Raises:
+            UserError: naming the option, its value and what it may be.
+        """
+        positive = {"batch_size", "seq_len", "log_every", "interval_steps"}
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"--{field.name} {value!r} is unknown; type one of {', '.join(choices)}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if field.name in positive and value < 1:
+                    raise UserError(f"--{field.name} {value} must be at least 1")
+                if value != value or value < 0:
+                    raise UserError(f"--{field.name} {value} must not be negative")
+        if self.dropout >= 1:
+            raise UserError(f"--dropout {self.dropout} must be below 1")
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """The method's readable name, e.g. ``tamt-mlm``; part of the run's identity."""
+
+    def identity(self) -> dict[str, Any]:
+        """All knobs as JSON values."""
+        return dataclasses.asdict(self)
+
+    def result_identity(self) -> dict[str, Any]:
+        """The knobs that a result depends on, as JSON values."""
+        return {key: value for key, value in self.identity().items() if key not in VOLATILE}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The defaults of all knobs as JSON values."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(TrainingConfig):
+    """What every search for a subnetwork shares."""
+
+    sparsity: float = knob(0.7, "share of the weights to remove, in [0, 1)", source="TAMT 4.2")
+    targets: str = knob("paper", "matrices to prune: 'paper' embedding and Q K V AO FI FO of every layer; 'authors' "
+                        "those and the pooler; 'bert-tickets' the pooler instead of the embedding",
+                        source="TAMT 3.2", choices=("paper", "authors", "bert-tickets"))  # fmt: skip
+    scope: str = knob(
+        "local",
+        "rank inside each matrix or over all of them",
+        source="TAMT 3.4.2",
+        choices=("local", "global"),
+    )
+    head_lr: float = knob(5e-5, "peak learning rate of the MLM head (transform and bias)", source="TAMT Table 1")
+    head_steps: int = knob(0, "for a model without an MLM head: train one on the frozen encoder first", unit="steps")
+    new_head_lr: float = knob(1e-3, "peak learning rate of --head_steps")
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the base class."""
+        super().__post_init__()
+        if not 0.0 <= self.sparsity < 1.0:
+            raise UserError(f"--sparsity {self.sparsity} is not in [0, 1); type the share to remove, as --sparsity 0.7")
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the search trains on MLM, for which the model must have an MLM head."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TamtConfig(SearchConfig):
+    """Task-agnostic mask training (TAMT Section 3.4); the defaults are TAMT-MLM of Tables 1 and 2."""
+
+    objective: str = knob("mlm", "what the masks learn from", source="TAMT 3.4.3", choices=("mlm", "kd", "mlm+kd"))
+    init: str = knob("binary", "scores at the start: 'binary' alpha*phi on the OMP mask (Eq. 5), 'random' alpha*phi at "
+                     "random positions, 'ranked' phi*|w|/t with t the OMP threshold", source="TAMT 3.4.2, 4.2.4",
+                     choices=("binary", "random", "ranked"))  # fmt: skip
+    phi: float = knob(0.01, "threshold of the scores at the start", source="TAMT 4.1.3")
+    alpha: float = knob(2.0, "kept scores start at alpha * phi", source="TAMT 4.1.3")
+    threshold_every: int = knob(
+        1, "exact selection every so often, a fixed threshold between; the authors: 1000", unit="steps"
+    )
+    mask_lr: float | None = knob(None, "peak learning rate of the scores; default 5e-5 for mlm and mlm+kd, 2e-5 for kd "
+                                 "(only its ratio to phi matters: scores, phi and rate times c give the same masks, "
+                                 "which is why Bernoulli supermasks with scores near 1 use rates such as 2e-1)",
+                                 source="TAMT Table 1")  # fmt: skip
+    steps: int | None = knob(None, "optimizer steps; default from Table 2 by sparsity (17,000 at 0.7)", unit="steps",
+                             source="TAMT Table 2")  # fmt: skip
+    schedule_steps: int | None = knob(None, "steps of the linear decay; default 27,920 with Table 2's steps, else "
+                                      "--steps", unit="steps", source="TAMT Appendix B.2")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the base class."""
+        super().__post_init__()
+        if self.threshold_every < 1:
+            raise UserError(f"--threshold_every {self.threshold_every} must be at least 1")
+        if self.phi <= 0 or self.alpha < 1:
+            raise UserError(f"--phi {self.phi} must be positive and --alpha {self.alpha} at least 1 (TAMT Eq. 5)")
+        if self.steps is None and self.sparsity not in TABLE_2_STEPS:
+            raise UserError(f"Table 2 has no number of steps for --sparsity {self.sparsity}; type --steps N")
+
+    @property
+    def method(self) -> str:
+        """``tamt-mlm``, ``tamt-kd`` or ``tamt-mlm+kd``."""
+        return f"tamt-{self.objective}"
+
+    @property
+    def needs_head(self) -> bool:
+        """See the base class."""
+        return "mlm" in self.objective
+
+    @property
+    def peak_mask_lr(self) -> float:
+        """Peak learning rate of the scores, with Table 1's default for the objective."""
+        return self.mask_lr if self.mask_lr is not None else (2e-5 if self.objective == "kd" else 5e-5)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps, with Table 2's default for the sparsity."""
+        return self.steps if self.steps is not None else TABLE_2_STEPS[self.sparsity]
+
+    @property
+    def num_schedule_steps(self) -> int:
+        """Steps until the learning rates reach zero."""
+        if self.schedule_steps is not None:
+            return self.schedule_steps
+        return PAPER_SCHEDULE_STEPS if self.steps is None else self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpConfig(SearchConfig):
+    """Iterative magnitude pruning with rewinding (BERT-Tickets; TAMT Section 3.2 and Appendix B.2)."""
+
+    lr: float = knob(5e-5, "peak learning rate of the weights", source="TAMT Table 1")
+    interval_steps: int = knob(
+        PAPER_INTERVAL_STEPS, "steps between two prunings of 10 %", unit="steps", source="TAMT B.2"
+    )
+    schedule_steps: int | None = knob(None, "steps of the linear decay, restarted after each pruning; default ten "
+                                      "intervals", unit="steps", source="TAMT Appendix B.2")  # fmt: skip
+    rewind: str = knob("theta0", "after each pruning the backbone's weights go back to theta_0, or stay ('none')",
+                       source="TAMT 4.1.3", choices=("theta0", "none"))  # fmt: skip
+    decoder: str = knob("masked", "the MLM decoder is tied to the 'masked' embedding (one matrix, trained and pruned "
+                        "as one: what is zero is zero wherever it is used) or to theta_0's 'unmasked' one, frozen, "
+                        "as in TAMT",
+                        choices=("masked", "unmasked"))  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """``imp``."""
+        return "imp"
+
+    @property
+    def needs_head(self) -> bool:
+        """See the base class."""
+        return True
+
+    @property
+    def num_schedule_steps(self) -> int:
+        """Steps until the learning rates reach zero, counted from each pruning."""
+        return self.schedule_steps if self.schedule_steps is not None else 10 * self.interval_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeConfig(SearchConfig):
+    """Oneshot magnitude pruning and the random baseline (TAMT Section 3.2)."""
+
+    kind: str = knob("omp", "'omp' keeps the largest magnitudes, 'random' keeps weights at random", source="TAMT 3.2",
+                     choices=("omp", "random"))  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """``omp`` or ``random``."""
+        return self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Masked-language-model training of all weights from a random draw: how the built-in model is made."""
+
+    model: str = knob("builtin", "only the built-in model is made here", choices=("builtin",))
+    data: str = knob("builtin", "only the built-in language", choices=("builtin",))
+    batch_size: int = knob(16, "sequences per optimizer step over all ranks", unit="sequences")
+    seq_len: int = knob(64, "tokens per sequence, [CLS] and [SEP] included", unit="tokens")
+    dropout: float = knob(0.0, "dropout; the text is read about once, so that nothing is learnt by heart")
+    weight_decay: float = knob(0.01, "AdamW's weight decay")
+    log_every: int = knob(250, "a line and a TensorBoard point every so often", unit="steps")
+    lr: float = knob(1e-3, "peak learning rate of the weights")
+    steps: int = knob(2500, "optimizer steps", unit="steps")
+    warmup_steps: int = knob(250, "steps of the linear rise to the peak rate", unit="steps")
+
+    @property
+    def method(self) -> str:
+        """``pretrain``."""
+        return "pretrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(TrainingConfig):
+    """Training of an MLM head on the frozen encoder, for a checkpoint that has none."""
+
+    lr: float = knob(1e-3, "peak learning rate of the head")
+    steps: int = knob(1000, "optimizer steps", unit="steps")
+
+    @property
+    def method(self) -> str:
+        """``head``."""
+        return "head"

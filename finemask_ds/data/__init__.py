@@ -1,0 +1,1 @@
+"""Text and tasks: corpora as memory-mapped token blocks, and the built-in language."""

@@ -1,0 +1,163 @@
+"""The only training loop. What happens now and then is a hook; when is told apart from what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from finemask_ds.engine.base import Engine
+from finemask_ds.engine.metrics import Recorder
+from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
+
+Batch = Mapping[str, Tensor]
+Hook = Callable[[int], None]
+"""Called with the number of the step just taken."""
+
+
+class Task(Protocol):
+    """What the loop needs to know of an objective."""
+
+    @property
+    def losses(self) -> Sequence[str]:
+        """Names of the sums that add up to the loss."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps ``first`` to ``last`` (1-based, both taken) of a schedule that began after step ``origin``."""
+
+    first: int
+    last: int
+    decay: int
+    origin: int = 0
+    warmup: int = 0
+
+    def factor(self, step: int) -> float:
+        """Share of the peak rate at ``step``: linear rise over ``warmup`` steps, linear fall to 0 after ``decay``."""
+        done = step - self.origin - 1
+        if done < self.warmup:
+            return (done + 1) / (self.warmup + 1)
+        return max(0.0, (self.decay - done) / (self.decay - self.warmup))
+
+
+def every(interval: int, hook: Hook, *, last: int | None = None) -> Hook:
+    """Run ``hook`` at each multiple of ``interval`` (0: never) and at step ``last``."""
+
+    def run(step: int) -> None:
+        if step == last or (interval and step % interval == 0):
+            hook(step)
+
+    return run
+
+
+def train(
+    engine: Engine,
+    task: Task,
+    batches: Callable[[int], Sequence[Batch]],
+    counts: Callable[[Batch], Mapping[str, int]],
+    span: Span,
+    recorder: Recorder,
+    *,
+    seed: int,
+    hooks: Sequence[Hook] = (),
+    before_stop: Hook = lambda step: None,
+) -> None:
+    """Take the steps of ``span``.
+
+    Args:
+        engine: holds the module, whose forward gives the sums that ``task.losses`` names, and the optimizer.
+        task: which sums are the loss.
+        batches: step -> this rank's micro-batches.
+        counts: micro-batch -> how many items each sum is over.
+        span: which steps, and the learning rates' schedule.
+        recorder: takes the metrics.
+        seed: of the dropout draws, which depend on (seed, step, rank) alone.
+        hooks: called in order after each step.
+        before_stop: called with the last good step when the loss is not finite.
+
+    Raises:
+        UserError: on a non-finite loss, on all ranks alike, before it touches the weights.
+    """
+    engine.module.train()
+    clock = time.perf_counter()
+    for step in range(span.first, span.last + 1):
+        torch.manual_seed(_draw_seed(seed, step, engine.world.rank))
+        micro_batches = batches(step)
+        totals = _total_counts(engine, [counts(batch) for batch in micro_batches])
+        # A micro-batch's share of the step's mean; the recorder's mean over ranks and micro-batches is their sum.
+        shares = engine.world.size * len(micro_batches)
+        step_loss = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+        for batch in micro_batches:
+            sums = {name: value / max(totals[name], 1) for name, value in engine.forward(batch).items()}
+            loss = torch.stack([sums[name] for name in task.losses]).sum()
+            engine.backward(loss)
+            step_loss += loss.detach()
+            for name, value in sums.items():
+                recorder.record(f"train/{name}", value.detach() * shares)
+        if not torch.isfinite(engine.world.sum(step_loss)):
+            before_stop(step - 1)
+            raise UserError(f"the loss is {step_loss.item()} at step {step}; the weights of step {step - 1} are kept; "
+                            "type a lower learning rate")  # fmt: skip
+        rates = {group.name: group.peak_lr * span.factor(step) for group in engine.groups}
+        recorder.record_last("train/grad_norm", engine.step(rates))
+        for name, rate in rates.items():
+            recorder.record_last(f"lr/{name}", rate)
+        now = time.perf_counter()
+        recorder.record("speed/step_sec", now - clock)
+        recorder.record("speed/tokens_per_sec", _num_tokens(micro_batches) * engine.world.size / (now - clock))
+        for hook in hooks:
+            hook(step)
+        clock = time.perf_counter()
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Batch], Mapping[str, Tensor]],
+    world: World,
+    batches: Sequence[Batch],
+    counts: Callable[[Batch], Mapping[str, int]],
+) -> dict[str, float]:
+    """Mean of each sum that ``forward`` gives over ``batches``, which every rank holds whole and takes in turns.
+
+    A rank that has run out computes a batch again and counts it zero times, because in ZeRO-3 every forward is a
+    collective of all ranks. Sums are fp64.
+    """
+    sums: dict[str, Tensor] = {}
+    totals: dict[str, float] = {}
+    for start in range(0, len(batches), world.size):
+        index = start + world.rank
+        weight = float(index < len(batches))
+        batch = batches[min(index, len(batches) - 1)]
+        counted = counts(batch)
+        for name, value in forward(batch).items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * value.double().cpu()
+            totals[name] = totals.get(name, 0.0) + weight * counted[name]
+    names = sorted(sums)
+    table = torch.tensor(
+        [[float(sums[name]), totals[name]] for name in names], dtype=torch.float64, device=world.device
+    )
+    return {name: total / count for name, (total, count) in zip(names, world.sum(table).tolist(), strict=True)}
+
+
+def _total_counts(engine: Engine, counted: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Counts summed over the step's micro-batches and all ranks."""
+    names = sorted(counted[0])
+    local = torch.tensor([sum(one[name] for one in counted) for name in names], device=engine.world.device)
+    return dict(zip(names, engine.world.sum(local).tolist(), strict=True))
+
+
+def _num_tokens(micro_batches: Sequence[Batch]) -> int:
+    return sum(batch["input_ids"].numel() for batch in micro_batches)
+
+
+def _draw_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch from what the draw is for; mixed so that neighbours are unrelated (splitmix64)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
+    mixed ^= mixed >> 31
+    return mixed % 2**63

@@ -1,0 +1,1 @@
+"""Models: the only place that knows layer names and the only importer of transformers."""

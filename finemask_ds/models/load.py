@@ -1,0 +1,188 @@
+"""Backbones, heads and tokenizers from the hub, a folder or a fresh configuration; never foreign code or a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finemask_ds.errors import UserError
+from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, prunable
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pre-trained masked language model theta_0 with its tokenizer.
+
+    The weights are fp32 on the CPU as the checkpoint holds them; magnitudes are taken from here, before any cast.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    has_head: bool
+    """False where the checkpoint has no MLM head and the model's is freshly drawn."""
+    places: Mapping[str, Place] = field(repr=False)
+    """Parameter name -> role and layer of every matrix to prune, in the order of ``named_parameters``."""
+
+    @property
+    def family(self) -> Family:
+        """The table of this architecture's names."""
+        return family_of(self.model.config.model_type)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def targets(self) -> dict[str, Tensor]:
+        """Parameter name -> weight of every matrix to prune (detached, not copied)."""
+        weights = dict(self.model.named_parameters())
+        return {name: weights[name].detach() for name in self.places}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of every matrix to prune."""
+        return {name: tuple(weight.shape) for name, weight in self.targets.items()}
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence in tokens (RoBERTa's positions start after the padding index: 514 rows, 512 tokens)."""
+        config: Any = self.model.config
+        offset = config.pad_token_id + 1 if self.family.backbone == "roberta" else 0
+        return config.max_position_embeddings - offset
+
+    def digest(self) -> str:
+        """sha256 of the backbone's names and fp32 bytes: which theta_0 this is, whatever file it came from."""
+        sha = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(self.family.backbone + "."):
+                sha.update(name.encode())
+                sha.update(parameter.detach().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Copies of the MLM head's parameters by name."""
+        return {name: parameter.detach().clone() for name, parameter in head_parameters(self.model).items()}
+
+    def load_head(self, state: Mapping[str, Tensor]) -> None:
+        """Put the values of ``head_state`` back, in place."""
+        with torch.no_grad():
+            for name, parameter in head_parameters(self.model).items():
+                parameter.copy_(state[name])
+
+
+def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) -> Pretrained:
+    """Load a masked language model and its tokenizer.
+
+    Args:
+        name: hub name (from the local cache where there is no network) or folder.
+        targets: choice of matrices to prune; see ``families.TARGETS``.
+        dropout: probability for hidden states and attention in training.
+
+    Raises:
+        UserError: unknown model or family, a checkpoint without safetensors, or targets that the model lacks.
+    """
+    transformers = _quiet_transformers()
+    with _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        family_of(config.model_type)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        # The draw of a missing head must not depend on what ran before, nor change it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, report = transformers.AutoModelForMaskedLM.from_pretrained(
+                name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if "pooler" in TARGETS[targets]:
+            add_pooler(model, name)
+    missing = {key for key in report["missing_keys"] if key in head_parameters(model)}
+    model.eval()
+    return Pretrained(model, tokenizer, name, not missing, prunable(model, targets))
+
+
+def new_pretrained(config: Mapping[str, Any], tokenizer_folder: Path, *, dropout: float, seed: int = 0) -> Pretrained:
+    """A freshly drawn masked language model over a tokenizer's vocabulary (the built-in model before training).
+
+    Args:
+        config: options of the Hugging Face configuration, with ``model_type``.
+        tokenizer_folder: where the tokenizer's files are.
+        dropout: probability for hidden states and attention.
+        seed: of the weights.
+    """
+    transformers = _quiet_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    options = {
+        **config, "vocab_size": len(tokenizer), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**options))
+    model.eval()
+    return Pretrained(model, tokenizer, "new", True, prunable(model))
+
+
+def add_pooler(model: nn.Module, name: str) -> None:
+    """Give a masked language model the pooler of its checkpoint, which Hugging Face leaves out, where it has one."""
+    transformers = _quiet_transformers()
+    base, report = transformers.AutoModel.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if getattr(base, "pooler", None) is not None and not any("pooler" in key for key in report["missing_keys"]):
+        getattr(model, family_of(model.config.model_type).backbone).pooler = base.pooler  # type: ignore[union-attr,arg-type]
+
+
+def save_pretrained(pretrained: Pretrained, folder: Path) -> None:
+    """Write a plain Hugging Face folder (config, safetensors, tokenizer), which appears whole by one rename."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        with _silence():
+            pretrained.model.save_pretrained(temporary)  # type: ignore[operator]
+            pretrained.tokenizer.save_pretrained(temporary)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _quiet_transformers() -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Swallow the libraries' progress bars and banners (loading imports deepspeed, which greets on stdout)."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+        yield
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the loader's failures into one sentence."""
+    try:
+        with _silence():
+            yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        where = "the folder" if Path(name).is_dir() else f"the hub and its cache {_hub_cache()}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {name!r} could not be loaded from {where} ({reason}); type --model with a hub name that is cached "
+            "or reachable, a folder with config.json, model.safetensors and tokenizer files, or builtin"
+        ) from error
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE

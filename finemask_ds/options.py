@@ -1,0 +1,84 @@
+"""Command lines from typed configurations: documented by their fields, unknown options answered with the valid ones."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from finemask_ds.errors import UserError
+
+C = TypeVar("C")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are sentences that name what could be typed."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a UserError.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse; an unknown option is answered with the valid ones of its (sub)command, the nearest first."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            valid = [option for option in self._option_string_actions if option.startswith("--")]
+            option = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(option, valid, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown option {option}; {hint}valid are {' '.join(sorted(valid))}")
+        return parsed, unknown
+
+
+def parser_for(config_class: type[Any]) -> Parser:
+    """A parser with one option for each field of a configuration, documented from the field itself."""
+    summary = (config_class.__doc__ or "").split("\n")[0]
+    parser = Parser(description=summary, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    for field in dataclasses.fields(config_class):
+        help_text = field.metadata["help"]
+        unit, source = field.metadata["unit"], field.metadata["source"]
+        shown = "" if field.default in (None, "") else f" [{field.default}]"
+        details = f"{help_text}{f' ({unit})' if unit else ''}{shown}{f' - {source}' if source else ''}"
+        parser.add_argument(
+            f"--{field.name}", type=_type(config_class, field.name), default=field.default,
+            metavar="|".join(field.metadata["choices"]) or field.name.upper(),
+            help=_wrapped(details).replace("%", "%%"),
+        )  # fmt: skip
+    return parser
+
+
+def parse(config_class: type[C], argv: Sequence[str]) -> C:
+    """The configuration that a command line asks for.
+
+    Raises:
+        UserError: for an unknown option or a value that cannot be.
+    """
+    options = vars(parser_for(config_class).parse_args(list(argv)))
+    options.pop("local_rank")
+    return config_class(**options)
+
+
+def _type(config_class: type[Any], name: str) -> type:
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    return hint
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 88))

@@ -1,0 +1,1 @@
+"""Recipes: experiments as plans of runs."""

@@ -1,0 +1,115 @@
+"""A recipe as a list of launcher commands: what is done is not done again, and all results end in one table."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemask_ds.config import PretrainConfig
+from finemask_ds.errors import UserError
+from finemask_ds.report.table import aligned, markdown
+from finemask_ds.run import Run, read_json, write_json
+from finemask_ds.search.dense import builtin_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a recipe."""
+
+    name: str
+    launcher: str
+    options: tuple[str, ...] = ()
+    ranks: int = 2
+    """Processes under the deepspeed launcher; 0: one plain process without DeepSpeed."""
+    zero: int = 2
+    """ZeRO stage."""
+
+    def command(self, root: Path, shared: Sequence[str], port: int) -> list[str]:
+        """What a user would type, with a free port."""
+        script = str(REPOSITORY / "launcher" / self.launcher)
+        options = [*self.options, *(shared if self.launcher != "pretrain.py" else ())]
+        if self.launcher != "pretrain.py":
+            options += ["--run", str(self.run(root).folder)]
+        if not self.ranks:
+            return ["python", script, *options]
+        start = ["deepspeed", "--log_level", "error", "--num_gpus", str(self.ranks), "--master_port", str(port)]
+        return [*start, script, "--deepspeed", str(REPOSITORY / f"configs/ds/zero{self.zero}.json"), *options]
+
+    def run(self, root: Path) -> Run:
+        """The stage's run directory (the built-in model is in the cache, for all runs of this machine)."""
+        return Run(root / self.name)
+
+    def is_done(self, root: Path) -> bool:
+        """Whether the stage has left its result."""
+        if self.launcher == "pretrain.py":
+            return builtin_folder(PretrainConfig()).exists()
+        return self.run(root).done("search")
+
+
+def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run what is not done yet under ``root``; the results by stage, also in ``root/results.json`` and ``table.md``.
+
+    Args:
+        stages: in order.
+        root: folder of the run directories.
+        shared: options of every search.
+
+    Raises:
+        UserError: where a stage fails; the same command goes on from there.
+    """
+    for number, stage in enumerate(stages, 1):
+        if stage.is_done(root):
+            print(f"[{number}/{len(stages)}] {stage.name}: done", flush=True)
+            continue
+        command = stage.command(root, shared, _free_port())
+        print(f"[{number}/{len(stages)}] {stage.name}: {shlex.join(command)}", flush=True)
+        if (code := subprocess.run(command, env=_environment(stage.ranks), check=False).returncode) != 0:
+            raise UserError(f"stage {stage.name} ended with code {code}, see above; start the same command to go on")
+    results = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.run(root).result.exists()}
+    write_json(root / "results.json", results)
+    return results
+
+
+def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> str:
+    """Dev figures of each method with theta_0's head, the MLM loss with its own head beside; the dense model first."""
+    header = ["method", "MLM loss", "accuracy", "KD loss", "own head", "sparsity", "from OMP", "steps", "seconds"]
+    first = next(iter(results.values()))
+    rows = [["dense", *_losses(first["dev_dense"]), "-", "0.0000", "-", "-", "-"]]
+    for name, result in results.items():
+        own = result["dev_trained_head"]
+        measured = [f"{result['sparsity']:.4f}", f"{result['distance_from_omp']:.4f}"]
+        spent = [str(result["steps"]), f"{result['seconds']:.0f}"]
+        rows.append([name, *_losses(result["dev"]), f"{own['mlm_loss']:.4f}" if own else "-", *measured, *spent])
+    return markdown(header, rows) if as_markdown else aligned(header, rows)
+
+
+def _losses(dev: dict[str, float | None]) -> list[str]:
+    names = ("mlm_loss", "mlm_accuracy", "kd_loss")
+    return ["-" if (value := dev[name]) is None else f"{value:.4f}" for name in names]
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """This interpreter's commands first; the cores shared out among the ranks."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    threads = str(max(1, len(os.sched_getaffinity(0)) // max(ranks, 1)))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PATH": path}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"  # Otherwise DeepSpeed warns at every start that it found none.
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Report: tables, figures and pages drawn from what runs left on disk."""

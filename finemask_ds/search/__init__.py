@@ -1,0 +1,1 @@
+"""Search: each method is find_mask(config, run) -> Mask and reads as the paper."""

@@ -1,0 +1,55 @@
+"""What a search found, and what a mask file tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finemask_ds.engine.base import Engine
+from finemask_ds.masks.mask import Mask
+from finemask_ds.provenance import code_state
+from finemask_ds.search.setting import Setting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``find_mask`` of a method gives."""
+
+    mask: Mask
+    steps: int
+    """Optimizer steps spent."""
+    seconds: float
+    """Wall time of the search over all restarts, loading and final scoring apart."""
+    head: Mapping[str, Tensor] | None = None
+    """The MLM head as trained along, on the CPU, where the method trains it."""
+    start: Mask | None = None
+    """The mask before the first step."""
+
+
+def trained_head(engine: Engine) -> dict[str, Tensor] | None:
+    """Copies of the head's values where the engine trains one."""
+    names = [name for group in engine.groups if group.name == "head" for name in group.parameters]
+    return {name: value.cpu().clone() for name, value in engine.read(names)} or None
+
+
+def mask_provenance(setting: Setting, steps: int, sparsity: float) -> dict[str, Any]:
+    """What a mask file tells of where it comes from."""
+    config = setting.search
+    return {
+        "model": config.model,
+        "model_sha256": setting.model_sha256,
+        "method": config.method,
+        "targets": config.targets,
+        "scope": config.scope,
+        "target_sparsity": sparsity,
+        "steps": steps,
+        "seed": config.seed,
+        "data": setting.corpus.provenance,
+        "finemask_ds": version("finemask_ds"),
+        "code": code_state(Path(__file__).parents[1]),
+    }

@@ -1,0 +1,250 @@
+"""What a search starts from: ranks, run directory, theta_0, token blocks; and the way every method trains on them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finemask_ds.config import VOLATILE, SearchConfig, TrainingConfig
+from finemask_ds.data.collate import DevBatches, MaskingTokens, TrainBatches
+from finemask_ds.data.corpus import Corpus, load_blocks
+from finemask_ds.engine.base import Batching, Engine, Group
+from finemask_ds.engine.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from finemask_ds.engine.local import LocalEngine
+from finemask_ds.engine.loop import Hook, Span, evaluate, every, train
+from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
+from finemask_ds.engine.progress import Console
+from finemask_ds.engine.world import World
+from finemask_ds.models.families import head_parameters
+from finemask_ds.models.load import Pretrained, load_pretrained
+from finemask_ds.run import Run
+from finemask_ds.search.objectives import Objective, counts
+from finemask_ds.search.watch import Draw
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One search: its configuration resolved to things. Built by ``open_setting``; frozen."""
+
+    config: TrainingConfig
+    world: World
+    run: Run
+    model: str
+    """Hub name or folder that the model is loaded from (never ``builtin``)."""
+    model_sha256: str
+    """Which theta_0 it is; see ``Pretrained.digest``."""
+    corpus: Corpus
+    tokens: MaskingTokens
+    head: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """MLM head trained on the frozen encoder where the checkpoint has none."""
+    draw: Draw | None = None
+    """Draws the heat map of a mask for TensorBoard; None: no heat map."""
+
+    @property
+    def search(self) -> SearchConfig:
+        """The configuration of a search (training a head or the built-in model has none)."""
+        assert isinstance(self.config, SearchConfig)
+        return self.config
+
+    def theta0(self) -> Pretrained:
+        """A fresh copy of the pre-trained model, with its head, on the CPU."""
+        pretrained = load_pretrained(self.model, targets=self.search.targets, dropout=self.config.dropout)
+        if self.head is not None:
+            pretrained.load_head(self.head)
+        return pretrained
+
+    def engine(self, module: nn.Module, groups: Sequence[Group]) -> Engine:
+        """The DeepSpeed engine where a DeepSpeed file was given, otherwise the plain one."""
+        return start_engine(self.config, self.world, module, groups)
+
+    def train_batches(self) -> TrainBatches:
+        """Step -> this rank's micro-batches."""
+        config, batching = self.config, batching_of(self.config, self.world)
+        return TrainBatches(
+            self.corpus.train, self.tokens, batch_size=config.batch_size, seed=config.seed, rank=self.world.rank,
+            world_size=self.world.size, micro_batch_size=batching.micro_batch_size,
+        )  # fmt: skip
+
+    def dev_batches(self) -> list[dict[str, Tensor]]:
+        """All dev batches, the same on every rank; masked once by (eval seed, block)."""
+        size = self.config.eval_batch_size or batching_of(self.config, self.world).micro_batch_size
+        batches = DevBatches(
+            self.corpus.dev, self.tokens, eval_seed=self.config.eval_seed, rank=0, world_size=1, batch_size=size,
+            num_blocks=self.config.dev_blocks,
+        )  # fmt: skip
+        return list(batches)
+
+    def recorder(self, total_steps: int) -> Recorder:
+        """Metrics to the run's JSONL and TensorBoard files and to the console, from the first rank.
+
+        What a killed run logged after its last checkpoint is dropped.
+        """
+        start_step = newest_step(self.run.checkpoints)
+        destinations: list[Destination] = []
+        lines = Jsonl(self.run.metrics)
+        self.world.on_first(lambda: lines.rewind(start_step))
+        if self.world.is_first:
+            board = TensorBoardWriter(self.run.tensorboard, purge_step=start_step + 1)
+            destinations = [lines, board, Console(total_steps=total_steps, start_step=start_step)]
+        return Recorder(destinations, reduce=lambda vector: self.world.sum(vector.to(self.world.device)))
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of a search over all its restarts."""
+
+    before_sec: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.before_sec + time.monotonic() - self.started
+
+
+def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -> Setting:
+    """Load what the configuration names and open the run directory.
+
+    Args:
+        config: the knobs.
+        world: the ranks.
+        model: hub name or folder for ``config.model``.
+        data: data set or folder for ``config.data``.
+
+    Raises:
+        UserError: for anything that is missing, or a run directory of another configuration.
+    """
+    batching_of(config, world)
+    pretrained = load_pretrained(model, targets=config.targets, dropout=config.dropout)
+    corpus = load_blocks(data, pretrained.tokenizer, config.seq_len, max_positions=pretrained.max_positions)
+    tokens = MaskingTokens.from_tokenizer(pretrained.tokenizer)
+    model_facts = {"name": config.model, "sha256": pretrained.digest()}
+    facts = {"model": model_facts, "data": corpus.provenance, "ranks": world.size}
+    run = world.on_first(lambda: open_run(Path(config.run) if config.run else None, config, facts))
+    return Setting(config, world, run, model, model_facts["sha256"], corpus, tokens)
+
+
+def open_run(folder: Path | None, config: TrainingConfig, facts: Mapping[str, Any]) -> Run:
+    """The run directory of a configuration, with the provenance of this start; call it on the first rank."""
+    run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=VOLATILE)
+    run.write_provenance(facts)
+    print(f"run directory {run.folder}", flush=True)
+    return run
+
+
+def batching_of(config: TrainingConfig, world: World) -> Batching:
+    """How each optimizer step's sequences are dealt out."""
+    return Batching.of(config.batch_size, config.micro_batch_size, world.size)
+
+
+def start_engine(config: TrainingConfig, world: World, module: nn.Module, groups: Sequence[Group]) -> Engine:
+    """Wrap ``module`` and an AdamW over ``groups`` in the engine that the configuration asks for."""
+    batching = batching_of(config, world)
+    engine: Engine
+    if config.deepspeed:
+        from finemask_ds.engine.zero import (
+            ZeroEngine,
+        )  # Only a run that asks for DeepSpeed pays for importing it.
+
+        engine = ZeroEngine(
+            module,
+            groups,
+            world,
+            batching=batching,
+            max_grad_norm=config.max_grad_norm,
+            file=config.deepspeed,
+        )
+    else:
+        engine = LocalEngine(module, groups, batching=batching, max_grad_norm=config.max_grad_norm)
+    if world.is_first:
+        print(f"{engine.describe()}; {batching.describe(world.size)}", flush=True)
+    return engine
+
+
+def head_group(config: SearchConfig, model: nn.Module) -> Group:
+    """The MLM head (transform and bias) with its own rate."""
+    return Group("head", head_parameters(model), config.head_lr, config.weight_decay)
+
+
+def freeze_all_but(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Let the groups' parameters require gradients and no others."""
+    model.requires_grad_(False)
+    for group in groups:
+        for parameter in group.parameters.values():
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class Trainer:
+    """Trains one objective inside a setting, with the hooks that every method wants."""
+
+    setting: Setting
+    engine: Engine
+    objective: Objective
+    recorder: Recorder
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def resume(self) -> dict[str, Any]:
+        """Continue from the newest checkpoint; its state, or ``{"step": 0}`` where there is none."""
+        state = load_checkpoint(self.setting.run.checkpoints, self.engine) or {"step": 0}
+        self.stopwatch.before_sec = state.get("seconds", 0.0)
+        return state
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint after ``step``."""
+        save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, "seconds": self.stopwatch.seconds})
+
+    def run(
+        self,
+        span: Span,
+        *,
+        after_step: Sequence[Hook] = (),
+        before_log: Sequence[Hook] = (),
+        state: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Train the steps of ``span``.
+
+        Args:
+            span: steps and schedule.
+            after_step: run after every step.
+            before_log: run before every log line, to record more.
+            state: what a checkpoint holds beside values and moments.
+        """
+        config, dev = self.setting.config, self.setting.dev_batches()
+        train(
+            self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder, seed=config.seed,
+            hooks=[
+                *after_step,
+                every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
+                every(config.log_every, lambda step: self._log(step, before_log), last=span.last),
+                every(config.save_every, lambda step: self.save(step, state())),
+            ],
+            before_stop=lambda step: self.save(step, state()),
+        )  # fmt: skip
+
+    def _evaluate(self, dev: Sequence[Mapping[str, Tensor]]) -> None:
+        with self.engine.evaluation():
+            for name, value in evaluate(self.engine.forward, self.engine.world, dev, counts).items():
+                self.recorder.record_last(f"dev/{name}", value)
+
+    def _log(self, step: int, before_log: Sequence[Hook]) -> None:
+        self.recorder.record_last("memory/peak_gib", peak_memory_gib(self.engine.world.device))
+        for hook in before_log:
+            hook(step)
+        self.recorder.flush(step)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has used so far in GiB: of the accelerator, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

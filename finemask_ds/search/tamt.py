@@ -1,0 +1,83 @@
+"""Task-agnostic mask training (TAMT, Liu et al. 2022, Section 3.4).
+
+All weights of the pre-trained model are frozen. Each matrix W has fp32 scores; the forward pass computes with W * M,
+M the exact selection of the largest scores, and the backward pass hands M's gradient straight to the scores (Eq.
+3-4). The scores start from the OMP mask (Eq. 5). The objective is MLM (the head trains along), hidden-state
+distillation (Eq. 6) or their sum.
+
+The straight-through gradient does not depend on the scores' scale and AdamW without weight decay only on the ratio of
+rate to score, so (c * scores, c * phi, c * mask_lr) finds the same masks, bit for bit where c is a power of two.
+
+Deviations from the authors' code: the selection is exact at every step (``--threshold_every 1000`` for theirs).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from finemask_ds.config import TamtConfig
+from finemask_ds.engine.base import Group
+from finemask_ds.engine.loop import Span
+from finemask_ds.masks.initialise import binary, ranked
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.load import Pretrained
+from finemask_ds.models.patch import attach, masked_modules, read_mask
+from finemask_ds.search.magnitude import omp_mask, random_mask
+from finemask_ds.search.objectives import Objective
+from finemask_ds.search.outcome import Outcome, trained_head
+from finemask_ds.search.selection import ScoreMasks, scores_name
+from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
+from finemask_ds.search.watch import MaskWatch
+
+
+def find_mask(setting: Setting) -> Outcome:
+    """TAMT: freeze the weights, learn the scores, keep the exact selection."""
+    config = setting.config
+    assert isinstance(config, TamtConfig)
+    theta0 = setting.theta0()
+    start = random_mask(theta0, config) if config.init == "random" else omp_mask(theta0, config)
+    attach(theta0.model, start, initial_scores(theta0, start, config))
+
+    groups = [mask_group(theta0, config)]
+    if config.needs_head:
+        groups.append(head_group(config, theta0.model))
+    freeze_all_but(theta0.model, groups)
+    objective = Objective(theta0.model, config.objective)
+    engine = setting.engine(objective, groups)
+
+    masks = ScoreMasks(engine, theta0.model, config.sparsity, config.scope, config.threshold_every)
+    masks.thresholds = dict.fromkeys(start, config.phi)
+    with setting.recorder(config.num_steps) as recorder:
+        trainer = Trainer(setting, engine, objective, recorder)
+        state = trainer.resume()
+        if state["step"]:
+            masks.thresholds = state["thresholds"]
+            masks.after_step(state["step"])
+        watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
+        trainer.run(
+            Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
+            after_step=[masks.after_step],
+            before_log=[lambda step: masks.show(watch, recorder)],
+            state=lambda: {"thresholds": masks.thresholds},
+        )
+    masks.select_exactly()
+    return Outcome(
+        Mask(read_mask(theta0.model)),
+        config.num_steps,
+        trainer.stopwatch.seconds,
+        trained_head(engine),
+        start,
+    )
+
+
+def initial_scores(theta0: Pretrained, start: Mask, config: TamtConfig) -> dict[str, Tensor]:
+    """Scores before the first step, fp32: Eq. 5 on the starting mask, or ranked by magnitude around phi."""
+    if config.init == "ranked":
+        return {name: ranked(weight, start[name], config.phi) for name, weight in theta0.targets.items()}
+    return {name: binary(keep, config.alpha, config.phi) for name, keep in start.items()}
+
+
+def mask_group(theta0: Pretrained, config: TamtConfig) -> Group:
+    """The scores of all masked matrices, with their own rate and no weight decay."""
+    scores = {scores_name(name): module.scores for name, module in masked_modules(theta0.model).items()}
+    return Group("mask", scores, config.peak_mask_lr)  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""One search from its configuration to its files: what the launchers and the Python API call."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from finemask_ds.config import (
+    ImpConfig,
+    MagnitudeConfig,
+    PretrainConfig,
+    SearchConfig,
+    TamtConfig,
+    TrainingConfig,
+)
+from finemask_ds.engine.world import World, launched_rank, this_process
+from finemask_ds.errors import UserError
+from finemask_ds.options import parse
+from finemask_ds.report.heatmap import distance_map
+from finemask_ds.search import imp, magnitude, tamt
+from finemask_ds.search.conclude import conclude
+from finemask_ds.search.dense import builtin_corpus, builtin_model, trained_head
+from finemask_ds.search.outcome import Outcome
+from finemask_ds.search.setting import Setting, open_setting
+
+C = TypeVar("C", bound=TrainingConfig)
+
+METHODS: Mapping[type[SearchConfig], Callable[[Setting], Outcome]] = {
+    TamtConfig: tamt.find_mask,
+    ImpConfig: imp.find_mask,
+    MagnitudeConfig: magnitude.find_mask,
+}
+"""Configuration -> the method that it configures."""
+
+
+def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
+    """Find a subnetwork and leave it in the run directory; a search that is done returns its result at once.
+
+    Args:
+        config: of the method; its class says which.
+        world: the ranks; None lets the configuration say (its DeepSpeed file, or one plain process).
+
+    Returns:
+        The result as in ``result.json``, with the run directory as ``run``.
+
+    Raises:
+        UserError: for bad input.
+    """
+    if world is None:
+        with ranks_of(config) as world:
+            return search(config, world)
+    model, data = resolve_model(config, world), str(builtin_corpus()) if config.data == "builtin" else config.data
+    setting = open_setting(config, world, model=model, data=data)
+    done = world.on_first(lambda: setting.run.result_of("search") if setting.run.done("search") else None)
+    if done is None:
+        setting = replace(setting, head=trained_head(setting), draw=distance_map)
+        done = conclude(setting, METHODS[type(config)](setting))
+    return {**done, "run": str(setting.run.folder)}
+
+
+@contextlib.contextmanager
+def ranks_of(config: TrainingConfig) -> Iterator[World]:
+    """The ranks that the launcher started for a DeepSpeed run, or this single process."""
+    if not config.deepspeed:
+        yield this_process()
+        return
+    from finemask_ds.engine.zero import distributed
+
+    with distributed() as world:
+        yield world
+
+
+def pretrain(config: PretrainConfig) -> str:
+    """Make the built-in model where it is missing; its folder."""
+    with ranks_of(config) as world:
+        return str(builtin_model(config, world))
+
+
+def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[str] | None = None) -> int:
+    """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
+
+    Returns:
+        0, or 2 after a user's error, which is one sentence on the first rank's standard error.
+    """
+    try:
+        outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if launched_rank() == 0:
+            print(f"finemask: {error}", file=sys.stderr, flush=True)
+        return 2
+    if launched_rank() == 0:
+        print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
+    return 0
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """A search's result in two lines."""
+    dev = result["dev"]
+    figures = [f"{name} {value:.4f}" for name, value in dev.items() if value is not None]
+    return (
+        f"{result['method']}: sparsity {result['sparsity']:.6f}, dev {', '.join(figures)}, "
+        f"distance from OMP {result['distance_from_omp']:.4f}, {result['steps']} steps in {result['seconds']:.0f} s\n"
+        f"mask {result['run']}/mask.safetensors; watch with: tensorboard --logdir {result['run']}/tb"
+    )
+
+
+def resolve_model(config: SearchConfig, world: World) -> str:
+    """The hub name or folder of the model; ``builtin`` is trained where it is missing."""
+    if config.model != "builtin":
+        return config.model
+    return str(builtin_model(PretrainConfig(deepspeed=config.deepspeed), world))

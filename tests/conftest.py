@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests: rank pools, toy models, the shared folder."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: toy tensors are slower on two threads, and the ranks of a pool need the other core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pool import RankPool
+from tests.toys import write_bert, write_roberta, write_text
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or written to the user's caches, and no hub is asked."""
+    os.environ["FINEMASK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def toy_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bert(tmp_path_factory.mktemp("toy") / "bert")
+
+
+@pytest.fixture(scope="session")
+def toy_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_roberta(tmp_path_factory.mktemp("toy") / "roberta")
+
+
+@pytest.fixture(scope="session")
+def toy_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("toy") / "text")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real text and a real encoder beside the checkout; never part of the project."""
+    folder = Path(os.environ.get("FINEMASK_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"{folder} with real text and a real encoder is absent (set FINEMASK_SHARED)")
+    return folder

@@ -1,0 +1,100 @@
+"""The straight-through estimator against gradients written by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finemask_ds.masks.binarize import masked_weight, threshold
+
+
+def toy(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator).to(dtype)
+    scores = torch.randn(6, 4, generator=generator) * 0.02
+    return weight, scores, threshold(scores, 0.01), torch.randn(5, 4, generator=generator).to(dtype)
+
+
+def test_threshold_keeps_what_reaches_it():
+    scores = torch.tensor([0.02, 0.01, 0.0099999, 0.0, -0.02])
+    assert threshold(scores, 0.01).tolist() == [True, True, False, False, False]
+    assert threshold(scores.double(), 0.01).tolist() == [x >= 0.01 for x in scores.double().tolist()]
+
+
+def test_forward_is_the_weight_where_kept_and_positive_zero_elsewhere():
+    weight, scores, mask, _ = toy()
+    weight[0, 0], mask[0, 0] = -math.inf, False
+    weight[0, 1], mask[0, 1] = math.nan, False
+    masked = masked_weight(weight, scores, mask)
+    assert torch.equal(masked[mask], weight[mask])
+    assert torch.equal(masked[~mask].view(torch.int32), torch.zeros(int((~mask).sum()), dtype=torch.int32))
+
+
+def test_a_full_mask_gives_the_weight_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.tensor([[-0.0, 1.0], [math.inf, 1e-7]], dtype=dtype)
+        masked = masked_weight(weight, None, torch.ones(2, 2, dtype=torch.bool))
+        assert masked.dtype == dtype
+        assert torch.equal(masked.view(torch.uint8), weight.view(torch.uint8))
+
+
+def test_gradients_equal_those_written_by_hand():
+    """y = x (W M)^T, L = sum((y + 1)^3), G = dL/d(W M) = 3 ((y + 1)^2)^T x: scores get G W (Eq. 4), W G M."""
+    weight, scores, mask, x = toy()
+    weight.requires_grad_()
+    scores.requires_grad_()
+    y = F.linear(x, masked_weight(weight, scores, mask))
+    ((y + 1) ** 3).sum().backward()
+    by_hand = (3 * (y.detach() + 1) ** 2).T @ x
+    assert torch.equal(scores.grad, by_hand * weight.detach())
+    assert torch.equal(weight.grad, by_hand * mask)
+    assert scores.grad[~mask].abs().min() > 0  # pruned entries hear of it too
+
+
+def test_the_gradient_of_the_scores_does_not_depend_on_their_scale():
+    weight, scores, mask, x = toy()
+    gradients = []
+    for scale in (1.0, 64.0):
+        scaled = (scores * scale).requires_grad_()
+        F.linear(x, masked_weight(weight, scaled, mask)).pow(2).sum().backward()
+        gradients.append(scaled.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_get_fp32_gradients_from_16_bit_weights(dtype):
+    weight, scores, mask, _ = toy(dtype)
+    scores.requires_grad_()
+    upstream = torch.linspace(-1, 1, 24).view(6, 4).to(dtype)
+    masked = masked_weight(weight, scores, mask)
+    assert masked.dtype == dtype
+    masked.backward(upstream)
+    assert scores.grad.dtype == torch.float32
+    assert torch.equal(scores.grad, upstream.float() * weight.float())
+    assert not torch.equal(scores.grad, (upstream * weight).float())  # a 16-bit product would have been rounded
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    weight, scores, mask, _ = toy()
+    assert not masked_weight(weight, scores, mask).requires_grad
+    weight.requires_grad_()
+    masked_weight(weight, scores, mask).sum().backward()
+    assert scores.grad is None
+    assert torch.equal(weight.grad, mask.float())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+        masked_weight(weight.detach(), scores.requires_grad_(), mask)
+        assert [tensor.dtype for tensor in saved] == [torch.float32]
+        masked_weight(weight, None, mask)
+        assert [tensor.dtype for tensor in saved] == [torch.float32, torch.bool]
+
+
+def test_there_is_no_second_derivative():
+    weight, scores, mask, _ = toy()
+    scores.requires_grad_()
+    (first,) = torch.autograd.grad(masked_weight(weight, scores, mask).pow(2).sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -1,0 +1,116 @@
+"""Models: which matrices are prunable, what theta_0 is, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
+
+from finemask_ds.errors import UserError
+from finemask_ds.masks.files import save_mask
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.export import export_checkpoint
+from finemask_ds.models.families import LAYER_ROLES, prunable
+from finemask_ds.models.load import load_pretrained
+
+
+@pytest.mark.parametrize(("targets", "matrices"), [("paper", 73), ("authors", 74), ("bert-tickets", 73)])
+def test_bert_base_has_the_papers_matrices(targets: str, matrices: int) -> None:
+    """72 + 1 matrices in BERT-base; 74 in the authors' code; 73 in BERT-Tickets."""
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(BertConfig())
+        from transformers.models.bert.modeling_bert import BertPooler
+
+        model.bert.pooler = BertPooler(BertConfig())
+    places = prunable(model, targets)
+    assert len(places) == matrices
+    assert [place.role for place in places.values() if place.layer == 7] == list(LAYER_ROLES)
+    weights = dict(model.named_parameters())
+    if targets == "authors":
+        assert sum(weights[name].numel() for name in places) == 108_965_376
+
+
+def test_the_order_is_that_of_named_parameters(toy_bert: Path) -> None:
+    pretrained = load_pretrained(str(toy_bert), targets="authors")
+    names = [name for name, _ in pretrained.model.named_parameters()]
+    assert list(pretrained.places) == sorted(pretrained.places, key=names.index)
+
+
+def test_a_pooler_comes_from_the_checkpoint(toy_bert: Path) -> None:
+    pretrained = load_pretrained(str(toy_bert), targets="authors")
+    expected = AutoModel.from_pretrained(toy_bert).pooler.dense.weight
+    assert torch.equal(pretrained.targets["bert.pooler.dense.weight"], expected)
+
+
+def test_targets_that_a_model_lacks_are_refused(toy_roberta: Path) -> None:
+    with pytest.raises(UserError, match="wants pooler"):
+        load_pretrained(str(toy_roberta), targets="authors")
+
+
+def test_roberta_has_512_positions_of_514(toy_roberta: Path) -> None:
+    assert load_pretrained(str(toy_roberta)).max_positions == 512
+
+
+def test_a_checkpoint_without_a_head_is_known_and_its_draw_is_always_the_same(tmp_path: Path, toy_bert: Path) -> None:
+    shutil.copytree(toy_bert, tmp_path / "headless")
+    BertModel(BertConfig.from_pretrained(toy_bert)).save_pretrained(tmp_path / "headless")
+    first = load_pretrained(str(tmp_path / "headless"))
+    torch.manual_seed(123)
+    second = load_pretrained(str(tmp_path / "headless"))
+    assert not first.has_head
+    assert load_pretrained(str(toy_bert)).has_head
+    assert all(torch.equal(value, second.head_state()[name]) for name, value in first.head_state().items())
+    assert first.digest() == second.digest() != load_pretrained(str(toy_bert)).digest()
+
+
+def test_unknown_models_and_families_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="type --model with a hub name"):
+        load_pretrained("nobody/nothing")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match=r"'gpt2' is unknown; known are bert, roberta"):
+        load_pretrained(str(tmp_path))
+
+
+def test_a_pickle_is_refused(tmp_path: Path, toy_bert: Path) -> None:
+    shutil.copytree(toy_bert, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_pretrained(str(tmp_path / "pickled"))
+
+
+def test_a_model_in_the_hubs_cache_is_found_without_a_network(tmp_path: Path, toy_bert: Path) -> None:
+    """In the hub's layout; by a fresh process, since the cache's place is read at import."""
+    repository = tmp_path / "hub" / "models--toy--bert"
+    shutil.copytree(toy_bert, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    code = "from finemask_ds.models.load import load_pretrained as l; print(l('toy/bert').digest())"
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == load_pretrained(str(toy_bert)).digest()
+
+
+def test_an_export_loads_anywhere_with_exact_zeros(tmp_path: Path, toy_bert: Path) -> None:
+    """AutoModel finds the zeros and the pooler, AutoModelForMaskedLM the decoder that losses are measured with."""
+    pretrained = load_pretrained(str(toy_bert))
+    mask = Mask.random(pretrained.shapes, 0.7, seed=1)
+    save_mask(tmp_path / "mask.safetensors", mask)
+    out = export_checkpoint(tmp_path / "mask.safetensors", str(toy_bert), tmp_path / "out")
+    model, backbone = AutoModelForMaskedLM.from_pretrained(out), AutoModel.from_pretrained(out)
+    theta0 = pretrained.targets
+    for name, keep in mask.items():
+        expected = torch.where(keep, theta0[name], 0.0)
+        assert torch.equal(dict(model.named_parameters())[name], expected)
+        assert torch.equal(dict(backbone.named_parameters())[name.removeprefix("bert.")], expected)
+    assert torch.equal(model.cls.predictions.decoder.weight, theta0["bert.embeddings.word_embeddings.weight"])
+    assert torch.equal(backbone.pooler.dense.weight, AutoModel.from_pretrained(toy_bert).pooler.dense.weight)
+    with pytest.raises(UserError, match="is not written over"):
+        export_checkpoint(tmp_path / "mask.safetensors", str(toy_bert), out)

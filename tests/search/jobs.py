@@ -1,0 +1,124 @@
+"""What the ranks of a pool run in the search tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
+from finemask_ds.engine.checkpoint import newest_step
+from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.patch import attach, tie_decoder_to_masked_embedding
+from finemask_ds.search import imp
+from finemask_ds.search.objectives import Objective
+from finemask_ds.search.setting import Trainer, freeze_all_but, head_group, open_setting
+from finemask_ds.session import search
+from tests.pool import RankPool
+
+TINY = {
+    "seq_len": 16, "batch_size": 8, "dropout": 0.0, "log_every": 5, "eval_every": 10, "save_every": 5, "dev_blocks": 12,
+}  # fmt: skip
+
+
+def stage_file(stage: int) -> str:
+    return str(Path(__file__).parents[2] / f"configs/ds/zero{stage}.json")
+
+
+def tamt(folder: Path, model: Path, text: Path, stage: int | None = None, **more: Any) -> TamtConfig:
+    options = {**TINY, "init": "ranked", "mask_lr": 1e-3, "steps": 20, **more}
+    return TamtConfig(model=str(model), data=str(text), run=str(folder), deepspeed=_file(stage), **options)
+
+
+def imp_config(folder: Path, model: Path, text: Path, stage: int | None = None, **more: Any) -> ImpConfig:
+    options = {**TINY, "lr": 1e-3, "interval_steps": 6, "sparsity": 0.3, **more}
+    return ImpConfig(model=str(model), data=str(text), run=str(folder), deepspeed=_file(stage), **options)
+
+
+def _file(stage: int | None) -> str:
+    return "" if stage is None else stage_file(stage)
+
+
+def found(world: World, config: SearchConfig) -> dict[str, Any]:
+    return search(config, world)
+
+
+def find(config: SearchConfig, pool: RankPool | None = None) -> dict[str, Any]:
+    """The result of a search by a pool's ranks, or by this process."""
+    return search(config) if pool is None else pool.run(found, config)[0]
+
+
+def last_values(config: SearchConfig) -> dict[str, Tensor]:
+    """The trained values of the newest checkpoint."""
+    folder = Path(config.run) / "checkpoints"
+    return load_file(folder / f"step-{newest_step(folder)}" / "values.safetensors")
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def killed_after(world: World, config: SearchConfig, step: int) -> None:
+    """Run a search until the checkpoint of ``step`` is written and a few steps further, then die."""
+    run = Trainer.run
+
+    def dying_run(self: Trainer, span: Any, **options: Any) -> None:
+        def die(now: int) -> None:
+            if now == step + 2:
+                raise KilledError
+
+        run(self, span, **{**options, "after_step": [*options.get("after_step", ()), die]})
+
+    with mock.patch.object(Trainer, "run", dying_run):
+        try:
+            search(config, world)
+        except KilledError:
+            return
+    raise AssertionError("the search was not killed")
+
+
+def failed(world: World, config: SearchConfig) -> str:
+    """The sentence that a search fails with on this rank."""
+    try:
+        search(config, world)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the search did not fail")
+
+
+def rewound(world: World, config: ImpConfig, to_theta0: bool) -> dict[str, Any]:
+    """Train some steps, prune, rewind; what the engine holds then, and after more steps."""
+    setting = open_setting(config, world, model=config.model, data=config.data)
+    theta0 = setting.theta0()
+    weights = {name: value.detach().clone() for name, value in imp.backbone_parameters(theta0).items()}
+    mask = Mask.full_like(theta0.shapes)
+    attach(theta0.model, mask)
+    tie_decoder_to_masked_embedding(theta0.model)
+    groups = [imp.weight_group(theta0, config), head_group(config, theta0.model)]
+    freeze_all_but(theta0.model, groups)
+    objective = Objective(theta0.model, "mlm")
+    engine = setting.engine(objective, groups)
+    trainer = Trainer(setting, engine, objective, setting.recorder(8))
+    trainer.run(imp.Span(1, 4, decay=8))
+    trained = {name: value.clone() for name, value in engine.read(engine.parameters)}
+    mask = imp.prune(engine, mask, 0.5, "local")
+    imp.write_mask(theta0.model, mask)
+    imp.rewind(engine, weights, mask, to_theta0=to_theta0)
+    after = {name: value.clone() for name, value in engine.read(engine.parameters)}
+    moments = [float(tensor.abs().max()) for tensor in engine.moments().values()]
+    trainer.run(imp.Span(1, 4, decay=8))
+    later = {name: value.clone() for name, value in engine.read(engine.parameters)}
+    return {
+        "theta0": weights, "trained": trained, "mask": dict(mask), "after": after, "moments": moments, "later": later,
+    }  # fmt: skip
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

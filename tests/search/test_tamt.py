@@ -1,0 +1,157 @@
+"""TAMT: the same masks on any ranks and in any stage, exact restarts, exact counts, and it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finemask_ds.config import TamtConfig
+from finemask_ds.masks.files import load_mask
+from finemask_ds.masks.mask import Mask
+from finemask_ds.run import Run
+from tests.pool import RankPool
+from tests.search import jobs
+
+STAGES = tuple(stage if stage == 2 else pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2, 3))
+"""ZeRO stages; the quick part of the suite looks at stage 2 only."""
+
+
+def mask_of(config: TamtConfig) -> Mask:
+    return load_mask(Run(Path(config.run)).mask)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_two_ranks_equal_one_plain_process(
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int, objective: str
+) -> None:
+    """2 ranks x b sees exactly what 1 rank x 2b sees, in every stage, with accumulation too."""
+    plain = jobs.tamt(tmp_path / "plain", toy_bert, toy_text, objective=objective)
+    shared = jobs.tamt(tmp_path / "ranks", toy_bert, toy_text, stage, objective=objective, micro_batch_size=2)
+    expected, result = jobs.find(plain), jobs.find(shared, two_ranks)
+    for name, value in jobs.last_values(plain).items():
+        torch.testing.assert_close(jobs.last_values(shared)[name], value, rtol=0, atol=2e-6)
+    assert mask_of(shared) == mask_of(plain)
+    assert mask_of(shared).distance(load_mask(Run(tmp_path / "plain").start_mask)) > 0
+    assert result["dev"] == pytest.approx(expected["dev"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [None, *STAGES])
+def test_a_killed_run_goes_on_bit_for_bit(
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int | None
+) -> None:
+    """With dropout, and fixed thresholds between selections: everything that a restart must bring back."""
+    more = {"dropout": 0.1, "objective": "mlm+kd", "threshold_every": 4}
+    whole = jobs.tamt(tmp_path / "whole", toy_bert, toy_text, stage, **more)
+    broken = jobs.tamt(tmp_path / "broken", toy_bert, toy_text, stage, **more)
+    pool = None if stage is None else two_ranks
+    jobs.find(whole, pool)
+    if pool is None:
+        jobs.killed_after(jobs.World(), broken, 10)
+    else:
+        pool.run(jobs.killed_after, broken, 10)
+    assert not Run(Path(broken.run)).mask.exists()
+    jobs.find(broken, pool)
+    assert jobs.same(jobs.last_values(whole), jobs.last_values(broken))
+    assert mask_of(whole) == mask_of(broken)
+    losses = [_losses(Run(Path(config.run)).metrics) for config in (whole, broken)]
+    assert losses[0] == losses[1]
+
+
+def _losses(metrics: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(line["step"], line["train/mlm_loss"]) for line in lines]
+
+
+def test_a_finished_run_is_not_run_again(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, steps=3)
+    first = jobs.find(config)
+    written = Run(tmp_path / "run").mask.stat().st_mtime_ns
+    assert jobs.find(config) == first
+    assert Run(tmp_path / "run").mask.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_only_the_ratio_of_rate_to_score_matters(toy_bert: Path, toy_text: Path, tmp_path: Path, factor: float) -> None:
+    """(c * scores, c * phi, c * mask_lr) gives the same masks, bit for bit for c a power of two."""
+    base = jobs.tamt(tmp_path / "base", toy_bert, toy_text, objective="kd", max_grad_norm=0.0)
+    scaled = jobs.tamt(
+        tmp_path / "scaled", toy_bert, toy_text, objective="kd", max_grad_norm=0.0,
+        phi=0.01 * factor, mask_lr=1e-3 * factor,
+    )  # fmt: skip
+    jobs.find(base)
+    jobs.find(scaled)
+    assert mask_of(base) == mask_of(scaled)
+    values, larger = jobs.last_values(base), jobs.last_values(scaled)
+    assert all(torch.equal(values[name] * factor, larger[name]) for name in values)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"init": "binary"},
+        {"init": "random"},
+        {"scope": "global"},
+        {"targets": "authors"},
+        {"targets": "bert-tickets"},
+        {"sparsity": 0.0, "steps": 4},
+        {"threshold_every": 1000},
+    ],
+    ids=lambda more: "-".join(f"{key}={value}" for key, value in more.items()),
+)
+def test_the_saved_mask_is_exact(toy_bert: Path, toy_text: Path, tmp_path: Path, more: dict[str, object]) -> None:
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, **more)
+    result = jobs.find(config)
+    mask = mask_of(config)
+    counted = [None] if config.scope == "global" else list(mask)
+    for name in counted:
+        num_weights = mask.num_weights(name)
+        assert mask.num_kept(name) == num_weights - round(config.sparsity * num_weights)
+    roles = {"paper": 13, "authors": 14, "bert-tickets": 13}
+    assert len(mask) == roles[config.targets]
+    assert result["sparsity"] == mask.sparsity()
+    if config.targets != "paper":
+        start = load_mask(Run(tmp_path / "run").start_mask)
+        assert torch.equal(mask["bert.pooler.dense.weight"], start["bert.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_pooler_that_gets_no_gradient_keeps_its_mask_in_zero(
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
+) -> None:
+    """The pooler is not on the loss path: its mask stays OMP's, in the sharded stages too."""
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, stage, targets="authors")
+    jobs.find(config, two_ranks)
+    mask, start = mask_of(config), load_mask(Run(tmp_path / "run").start_mask)
+    moved = {name for name in mask if not torch.equal(mask[name], start[name])}
+    assert moved
+    assert "bert.pooler.dense.weight" not in moved
+
+
+def test_the_masks_learn_and_nothing_else_moves(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    """KD loss falls below OMP's; only scores are trained under KD, scores and head under MLM."""
+    config = jobs.tamt(tmp_path / "kd", toy_bert, toy_text, objective="kd", steps=60)
+    result = jobs.find(config)
+    start = jobs.find(jobs.tamt(tmp_path / "still", toy_bert, toy_text, objective="kd", steps=1, mask_lr=0.0))
+    assert start["distance_from_omp"] == 0
+    assert result["dev"]["kd_loss"] < 0.8 * start["dev"]["kd_loss"]
+    assert all(name.endswith(".scores") for name in jobs.last_values(config))
+    mlm = jobs.tamt(tmp_path / "mlm", toy_bert, toy_text, objective="mlm", steps=5)
+    jobs.find(mlm)
+    heads = {name for name in jobs.last_values(mlm) if not name.endswith(".scores")}
+    assert heads
+    assert all(name.startswith("cls.") for name in heads)
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int | None
+) -> None:
+    """A head rate of 1e30 makes the second step's loss overflow."""
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, stage, objective="mlm", head_lr=1e30, save_every=0)
+    said = two_ranks.run(jobs.failed, config) if stage is not None else [jobs.failed(jobs.World(), config)]
+    assert all("is kept" in sentence or "are kept" in sentence for sentence in said)
+    assert all(torch.isfinite(value).all() for value in jobs.last_values(config).values())

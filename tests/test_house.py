@@ -1,0 +1,112 @@
+"""The house rules that a machine can check: arrows of imports, sizes, links and commands in Markdown."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from finemask_ds import session
+from finemask_ds.config import ImpConfig, MagnitudeConfig, PretrainConfig, TamtConfig
+from finemask_ds.options import parse, parser_for
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "finemask_ds"
+FLOORS = ("masks", "models", "data", "engine", "search", "finetune", "dispatch", "analysis", "report", "recipes")
+"""Top to bottom: a folder may import only from folders above it, and from the modules that belong to no floor."""
+GROUND = {"config", "run", "errors", "provenance"}
+TOP = {"options", "session", "cli", "serve", "doctor", "__main__"}
+"""Modules at the very bottom of the house, which may import anything."""
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names of all modules that a file imports, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found += [node.module or ""]
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_import_points_up(path: Path) -> None:
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        if not module.startswith("finemask_ds."):
+            continue
+        there = module.split(".")[1]
+        if here in TOP or there == here or there in GROUND:
+            continue
+        assert here in FLOORS, f"{here} is on no floor and imports {module}"
+        assert there in FLOORS, f"{path} imports {module}, which belongs to no floor above it"
+        assert FLOORS.index(there) < FLOORS.index(here), f"{path} imports {module}: an arrow that points up"
+
+
+def test_heavy_imports_stand_in_one_place() -> None:
+    where: dict[str, set[str]] = {"deepspeed": set(), "transformers": set()}
+    for path in sources():
+        for module in imports(path):
+            if (root := module.split(".")[0]) in where:
+                where[root].add(str(path.relative_to(PACKAGE)))
+    assert where["deepspeed"] == {"engine/zero.py"}
+    assert {Path(file).parts[0] for file in where["transformers"]} == {"models"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} in {path}"
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in sources():
+        assert not re.search(r"import pickle|torch\.load\(|trust_remote_code=True", path.read_text()), path
+
+
+def test_every_option_tells_its_meaning() -> None:
+    for config in (TamtConfig, ImpConfig, MagnitudeConfig, PretrainConfig):
+        text = parser_for(config).format_help()
+        assert "--mask_lr" in text or config is not TamtConfig
+        assert "TAMT Table 1" in text or config is PretrainConfig
+
+
+def markdown_files() -> list[Path]:
+    return [path for path in REPOSITORY.rglob("*.md") if not {".venv", "runs", ".git"} & set(path.parts)]
+
+
+@pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_and_commands_in_markdown_are_real(path: Path) -> None:
+    """Links lead somewhere; every launcher command parses with the options it shows."""
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).exists(), f"{path} links to {target}"
+    configs = {"tamt": TamtConfig, "imp": ImpConfig, "magnitude": MagnitudeConfig, "pretrain": PretrainConfig}
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := re.search(r"launcher/(tamt|imp|magnitude|pretrain)\.py(.*)", line):
+                words = [word for word in shlex.split(match[2], comments=True) if "$" not in word]
+                parse(configs[match[1]], words)
+
+
+def test_the_python_of_the_readme_is_about_ten_lines_and_its_names_exist() -> None:
+    """Everything up to the search itself is run; tests/test_launchers.py runs the same search by its recipe."""
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    before, found, _ = code.partition("result = search(config)")
+    assert found
+    assert len(code.splitlines()) <= 10
+    names: dict[str, object] = {}
+    exec(before, names)
+    assert isinstance(names["config"], TamtConfig)
+    assert names["search"] is session.search
