@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from finemask_ds.config import (
     ImpConfig,
@@ -94,6 +95,17 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this rank with an exit code, now, without Python's own finalisation.
+
+    Gloo's threads let go of their last tensors a moment after the collective has returned, and one that needs the
+    interpreter for it while that shuts down aborts the process (exit code 134 of a run that was done).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Iterative magnitude pruning: deepspeed launcher/imp.py --deepspeed configs/ds/zero2.json (--help: every knob)."""
 
-import sys
-
 from finemask_ds.config import ImpConfig
-from finemask_ds.session import launch, search
+from finemask_ds.session import launch, leave, search
 
 if __name__ == "__main__":
-    sys.exit(launch(ImpConfig, search))
+    leave(launch(ImpConfig, search))

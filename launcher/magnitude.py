@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Oneshot magnitude pruning and random masks: python launcher/magnitude.py --kind omp (--help shows every knob)."""
 
-import sys
-
 from finemask_ds.config import MagnitudeConfig
-from finemask_ds.session import launch, search
+from finemask_ds.session import launch, leave, search
 
 if __name__ == "__main__":
-    sys.exit(launch(MagnitudeConfig, search))
+    leave(launch(MagnitudeConfig, search))

@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Task-agnostic mask training: deepspeed launcher/tamt.py --deepspeed configs/ds/zero2.json (--help: every knob)."""
 
-import sys
-
 from finemask_ds.config import TamtConfig
-from finemask_ds.session import launch, search
+from finemask_ds.session import launch, leave, search
 
 if __name__ == "__main__":
-    sys.exit(launch(TamtConfig, search))
+    leave(launch(TamtConfig, search))
