@@ -48,8 +48,8 @@ def _parser() -> Parser:
 
 
 def _add_mask(commands: Commands) -> None:
-    """`finemask mask show | compare | export`."""
-    mask = commands.add_parser("mask", help="show, compare or export mask files").add_subparsers(
+    """`finemask mask show | compare | import | export`."""
+    mask = commands.add_parser("mask", help="show, compare, import or export mask files").add_subparsers(
         metavar="COMMAND", required=True
     )
 
@@ -62,10 +62,20 @@ def _add_mask(commands: Commands) -> None:
     compare.add_argument("others", type=Path, nargs="+", metavar="FILE", help="mask files of the same model")
     compare.set_defaults(handler=_compare)
 
-    export = mask.add_parser("export", help="write a plain Hugging Face checkpoint with exact zeros")
+    take = mask.add_parser("import", help="read a mask of TAMT, BERT-Tickets, torch.nn.utils.prune, open_lth, MaskLLM")
+    take.add_argument("source", type=Path, metavar="IN", help="their file, such as mask.pt; code in it is never run")
+    take.add_argument("out", type=Path, metavar="OUT", help="new mask file, such as mask.safetensors")
+    take.add_argument("--model", required=True, help="hub name, folder or builtin: the model it was made from")
+    take.set_defaults(handler=_import)
+
+    export = mask.add_parser("export", help="write a plain Hugging Face checkpoint with exact zeros, or others' files")
     export.add_argument("file", type=Path, metavar="FILE", help="mask file")
     export.add_argument("--model", required=True, help="hub name, folder or builtin: the model it was made from")
-    export.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder")
+    export.add_argument("--out", required=True, type=Path, metavar="PATH", help="new folder (checkpoint) or new file")
+    export.add_argument(
+        "--format", choices=("checkpoint", "tamt", "prune"), default="checkpoint",
+        help="Hugging Face folder, TAMT's mask.pt, or state dict of torch.nn.utils.prune [checkpoint]",
+    )  # fmt: skip
     export.set_defaults(handler=_export)
 
 
@@ -85,7 +95,10 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_mask, _add_recipe)
 def _show(arguments: argparse.Namespace) -> None:
     from finemask_ds.masks.files import load_mask
 
-    mask = load_mask(arguments.file)
+    _print_mask(load_mask(arguments.file))
+
+
+def _print_mask(mask: Mask) -> None:
     rows = [_counts(name, _by(mask.shapes[name]), mask, [name]) for name in mask]
     groups: dict[str, list[str]] = {}
     for name in mask:
@@ -143,13 +156,45 @@ def _compare_many(labels: Sequence[str], masks: Sequence[Mask]) -> None:
         print()
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    from finemask_ds.masks.files import save_mask
+    from finemask_ds.masks.foreign import refuse_existing
+    from finemask_ds.masks.untrusted import abbreviated
+    from finemask_ds.models.imported import import_mask
+
+    refuse_existing(arguments.out, "OUT")
+    imported = import_mask(arguments.source, _model(arguments.model), called=arguments.model)
+    mask, absent = imported.mask, imported.absent
+    save_mask(arguments.out, mask)
+    print(f"read as {imported.format}: {len(mask)} matrices")
+    for note in imported.notes:
+        print(note)
+    _print_mask(mask)
+    if absent:
+        print(f"dense (not in the file): {abbreviated(list(absent))}")
+    print(f"sparsity over the {len(mask)} matrices of the file: {mask.sparsity():.6f}")
+    weights = mask.num_weights() + sum(rows * columns for rows, columns in absent.values())
+    print(
+        f"sparsity over all {len(mask) + len(absent)} prunable matrices of the model: "
+        f"{(mask.num_weights() - mask.num_kept()) / weights:.6f}"
+    )
+    print(arguments.out)
+
+
 def _export(arguments: argparse.Namespace) -> None:
+    from finemask_ds.models.export import FORMATS
+
+    print(FORMATS[arguments.format](arguments.file, _model(arguments.model), arguments.out))
+
+
+def _model(name: str) -> str:
+    """The hub name or folder; ``builtin`` is trained where it is missing."""
+    if name != "builtin":
+        return name
     from finemask_ds.config import PretrainConfig
-    from finemask_ds.models.export import export_checkpoint
     from finemask_ds.session import pretrain
 
-    model = pretrain(PretrainConfig()) if arguments.model == "builtin" else arguments.model
-    print(export_checkpoint(arguments.file, model, arguments.out))
+    return pretrain(PretrainConfig())
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -31,7 +31,10 @@ PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
 """Steps over which the authors' learning rates fall to zero: two epochs, whatever step the mask is taken at."""
 
 VOLATILE = frozenset(
-    {"run", "deepspeed", "log_every", "eval_every", "save_every", "micro_batch_size", "eval_batch_size"}
+    {
+        "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "eval_every", "save_every",
+        "agree_every", "micro_batch_size", "eval_batch_size",
+    }  # fmt: skip
 )
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 
@@ -66,6 +69,12 @@ class TrainingConfig(ABC):
     save_every: int = knob(1000, "a checkpoint every so often; 0: only at the end of a stage", unit="steps")
     run: str = knob("", "run directory; empty: runs/NAME-HASH from the options given")
     deepspeed: str = knob("", "DeepSpeed JSON file (configs/ds/*.json); empty: one plain process")
+    precision: str = knob("fast", "'fast' computes in the DeepSpeed file's 16-bit type where the accelerator has fast "
+                          "arithmetic for it, else in fp32; 'file' does what the file says, however slowly",
+                          choices=("fast", "file"))  # fmt: skip
+    ranks: int = knob(0, "refuse to start with another number of ranks; 0: any number", unit="ranks")
+    time_out_sec: int = knob(1800, "a collective that waits longer for the slowest rank ends the run", unit="seconds")
+    agree_every: int = knob(500, "the ranks compare hashes of their masks every so often; 0: never", unit="steps")
 
     def __post_init__(self) -> None:
         """Check each number by itself and refuse impossible ones.
@@ -73,7 +82,7 @@ class TrainingConfig(ABC):
         Raises:
             UserError: naming the option, its value and what it may be.
         """
-        positive = {"batch_size", "seq_len", "log_every", "interval_steps"}
+        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec"}
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:

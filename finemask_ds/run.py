@@ -18,6 +18,7 @@ from finemask_ds.errors import UserError
 from finemask_ds.provenance import collect, refuse_other_config
 
 CONFIG_VERSION = 1  # raise it when an old config would mean something else under the same names
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -26,8 +27,10 @@ def disk_full_is_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a full disk or a spent quota inside the block into a UserError that names the file."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        # safetensors has an error of its own, which tells the number in words only.
+        if number not in _DISK_FULL and not any(f"(os error {code})" in str(error) for code in _DISK_FULL):
             raise
         raise UserError(f"the disk is full at {path}: free space and start the same command again") from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +19,7 @@ from finemask_ds.config import (
     TamtConfig,
     TrainingConfig,
 )
+from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError
 from finemask_ds.options import parse
@@ -64,13 +67,21 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def ranks_of(config: TrainingConfig) -> Iterator[World]:
-    """The ranks that the launcher started for a DeepSpeed run, or this single process."""
+    """The ranks that the launcher started for a DeepSpeed run, or this single process.
+
+    Raises:
+        UserError: where other than ``--ranks`` ranks have started.
+    """
+    check_ranks(config.ranks)
     if not config.deepspeed:
         yield this_process()
         return
     from finemask_ds.engine.zero import distributed
 
-    with distributed() as world:
+    with distributed(time_out_sec=config.time_out_sec) as world:
+        told = describe_ranks(world)
+        if world.is_first:
+            print(told, flush=True)
         yield world
 
 
@@ -84,7 +95,8 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
 
     Returns:
-        0, or 2 after a user's error, which is one sentence on the first rank's standard error.
+        0; 2 after a user's error, which is one sentence on the first rank's standard error; 1 after any other, with
+        its trace and the rank that it happened on.
     """
     try:
         outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))
@@ -92,6 +104,10 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         if launched_rank() == 0:
             print(f"finemask: {error}", file=sys.stderr, flush=True)
         return 2
+    except Exception:
+        traceback.print_exc()
+        print(f"finemask: rank {launched_rank()} on {socket.gethostname()} failed, see above", file=sys.stderr)
+        return 1
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
     return 0

@@ -40,6 +40,14 @@ def one_rank() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def pools(one_rank: RankPool, two_ranks: RankPool) -> Iterator[dict[int, RankPool]]:
+    """Pools of one, two and three ranks."""
+    three = RankPool(3)
+    yield {1: one_rank, 2: two_ranks, 3: three}
+    three.close()
+
+
+@pytest.fixture(scope="session")
 def toy_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bert(tmp_path_factory.mktemp("toy") / "bert")
 

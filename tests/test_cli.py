@@ -88,7 +88,7 @@ def test_a_damaged_file_is_one_sentence_and_exit_code_2(paths):
     [
         (["mask", "show", "FILE", "--sparsity"], "unknown option --sparsity; valid are --help"),
         (["mask", "export", "F", "--model", "m", "--out", "o", "--modle", "m"], "did you mean --model?"),
-        (["mask", "shwo"], "choose from 'show', 'compare', 'export'"),
+        (["mask", "shwo"], "choose from 'show', 'compare', 'import', 'export'"),
         (["mask"], "required: COMMAND"),
         (["msk"], "choose from 'mask'"),
         (["mask", "compare", "FILE"], "required: FILE"),

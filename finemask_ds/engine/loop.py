@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from finemask_ds.engine.base import Engine
+from finemask_ds.engine.base import Engine, Update
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
@@ -18,6 +19,8 @@ from finemask_ds.errors import UserError
 Batch = Mapping[str, Tensor]
 Hook = Callable[[int], None]
 """Called with the number of the step just taken."""
+
+_STOPPED = "; the weights of the step before are kept; type a lower learning rate"
 
 
 class Task(Protocol):
@@ -66,54 +69,86 @@ def train(
     *,
     seed: int,
     hooks: Sequence[Hook] = (),
+    watched: Callable[[int], Mapping[str, Sequence[str]]] = lambda step: {},
     before_stop: Hook = lambda step: None,
 ) -> None:
     """Take the steps of ``span``.
 
+    A step whose fp16 gradients overflow on any rank is skipped by all and taken again with the next batch: steps, and
+    with them the schedule, count updates; the position in the data and the draws count batches.
+
     Args:
         engine: holds the module, whose forward gives the sums that ``task.losses`` names, and the optimizer.
         task: which sums are the loss.
-        batches: step -> this rank's micro-batches.
+        batches: position -> this rank's micro-batches.
         counts: micro-batch -> how many items each sum is over.
         span: which steps, and the learning rates' schedule.
         recorder: takes the metrics.
-        seed: of the dropout draws, which depend on (seed, step, rank) alone.
+        seed: of the dropout draws, which depend on (seed, position, rank) alone.
         hooks: called in order after each step.
-        before_stop: called with the last good step when the loss is not finite.
+        watched: step -> label -> names of parameters whose gradient norm is recorded.
+        before_stop: called with the last good step when the loss or a gradient is not finite.
 
     Raises:
-        UserError: on a non-finite loss, on all ranks alike, before it touches the weights.
+        UserError: on a non-finite loss or gradient in fp32 or bf16, or after 50 overflows of fp16 in a row, on all
+            ranks alike and before it touches the weights.
     """
     engine.module.train()
-    clock = time.perf_counter()
-    for step in range(span.first, span.last + 1):
-        torch.manual_seed(_draw_seed(seed, step, engine.world.rank))
-        micro_batches = batches(step)
-        totals = _total_counts(engine, [counts(batch) for batch in micro_batches])
-        # A micro-batch's share of the step's mean; the recorder's mean over ranks and micro-batches is their sum.
-        shares = engine.world.size * len(micro_batches)
-        step_loss = torch.zeros((), dtype=torch.float64, device=engine.world.device)
-        for batch in micro_batches:
-            sums = {name: value / max(totals[name], 1) for name, value in engine.forward(batch).items()}
-            loss = torch.stack([sums[name] for name in task.losses]).sum()
-            engine.backward(loss)
-            step_loss += loss.detach()
-            for name, value in sums.items():
-                recorder.record(f"train/{name}", value.detach() * shares)
-        if not torch.isfinite(engine.world.sum(step_loss)):
+    clock, step = time.perf_counter(), span.first
+    while step <= span.last:
+        position = step + engine.loss_scale.skipped
+        torch.manual_seed(_draw_seed(seed, position, engine.world.rank))
+        micro_batches = batches(position)
+        loss, metrics = _accumulate(engine, task, micro_batches, counts)
+        if not math.isfinite(loss) and not engine.loss_scale.is_on:
             before_stop(step - 1)
-            raise UserError(f"the loss is {step_loss.item()} at step {step}; the weights of step {step - 1} are kept; "
-                            "type a lower learning rate")  # fmt: skip
+            raise UserError(f"the loss is {loss} at step {step}{_STOPPED}")
         rates = {group.name: group.peak_lr * span.factor(step) for group in engine.groups}
-        recorder.record_last("train/grad_norm", engine.step(rates))
-        for name, rate in rates.items():
-            recorder.record_last(f"lr/{name}", rate)
+        update = engine.step(rates, watched(step))
+        if not update.applied:
+            if not engine.loss_scale.is_on:
+                before_stop(step - 1)
+                raise UserError(f"the gradients' norm is {update.norm} at step {step}{_STOPPED}")
+            continue
+        for name, value in metrics:
+            recorder.record(name, value)
+        _record_update(recorder, engine, update, rates)
         now = time.perf_counter()
         recorder.record("speed/step_sec", now - clock)
         recorder.record("speed/tokens_per_sec", _num_tokens(micro_batches) * engine.world.size / (now - clock))
         for hook in hooks:
             hook(step)
-        clock = time.perf_counter()
+        clock, step = time.perf_counter(), step + 1
+
+
+def _accumulate(
+    engine: Engine, task: Task, micro_batches: Sequence[Batch], counts: Callable[[Batch], Mapping[str, int]]
+) -> tuple[float, list[tuple[str, Tensor]]]:
+    """Forward and backward of a step's micro-batches: the loss over all ranks, and metrics to record if it counts."""
+    totals = _total_counts(engine, [counts(batch) for batch in micro_batches])
+    # A micro-batch's share of the step's mean; the recorder's mean over ranks and micro-batches is their sum.
+    shares = engine.world.size * len(micro_batches)
+    step_loss = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+    metrics = []
+    for batch in micro_batches:
+        sums = {name: value / max(totals[name], 1) for name, value in engine.forward(batch).items()}
+        loss = torch.stack([sums[name] for name in task.losses]).sum()
+        engine.backward(loss)
+        step_loss += loss.detach()
+        metrics += [(f"train/{name}", value.detach() * shares) for name, value in sums.items()]
+    return engine.world.sum(step_loss).item(), metrics
+
+
+def _record_update(recorder: Recorder, engine: Engine, update: Update, rates: Mapping[str, float]) -> None:
+    """The norms, the learning rates and, where there is one, the loss scale that a step was taken with."""
+    recorder.record_last("train/grad_norm", update.norm)
+    for label, norm in update.norms.items():
+        recorder.record_last(f"grad_norm/{label}", norm)
+    for name, rate in rates.items():
+        recorder.record_last(f"lr/{name}", rate)
+    if engine.loss_scale.is_on:
+        recorder.record_last("scale/loss_scale", engine.loss_scale.scale)
+        recorder.record_last("scale/skipped_steps", engine.loss_scale.skipped)
 
 
 @torch.no_grad()
@@ -156,8 +191,8 @@ def _num_tokens(micro_batches: Sequence[Batch]) -> int:
     return sum(batch["input_ids"].numel() for batch in micro_batches)
 
 
-def _draw_seed(seed: int, step: int, rank: int) -> int:
+def _draw_seed(seed: int, position: int, rank: int) -> int:
     """A seed for torch from what the draw is for; mixed so that neighbours are unrelated (splitmix64)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
+    mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
     return mixed % 2**63

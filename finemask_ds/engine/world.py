@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    time_out: timedelta | None = None
+    """How long a collective may wait; None: as long as torch lets it."""
 
     @property
     def is_first(self) -> bool:
@@ -47,6 +50,34 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (small, picklable) value, in the order of the ranks, on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def gather_bytes(self, tensor: Tensor) -> Tensor:
+        """uint8 [n], equally long on all ranks -> uint8 [ranks, n] on every rank."""
+        if self.size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_into_tensor(gathered, tensor)
+        return gathered.view(self.size, -1)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run an action on every rank; where it is a UserError on some, it is the first one's on all of them."""
+        result, said = None, None
+        try:
+            result = action()
+        except UserError as error:
+            said = str(error)
+        first = next((error for error in self.gather(said) if error is not None), None)
+        if first is not None:
+            raise UserError(first)
+        return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Run a short action on the first rank only; every rank gets its (small) result, or its UserError."""

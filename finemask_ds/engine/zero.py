@@ -7,28 +7,47 @@ tests/engine/test_traps.py tells when upstream mends a trap.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finemask_ds.engine.base import Batching, Engine, Group, optimizer_for, set_learning_rates
+from finemask_ds.engine.base import (
+    Batching,
+    Engine,
+    GradientNorms,
+    Group,
+    Piece,
+    Update,
+    optimizer_for,
+    set_learning_rates,
+    shapes_of,
+    whole_pieces,
+)
+from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
 from finemask_ds.engine.precision import resolve_precision
+from finemask_ds.engine.scaling import DeepSpeedScaler
+from finemask_ds.engine.settings import check_settings, read_settings, set_communication
 from finemask_ds.engine.world import World
-from finemask_ds.errors import UserError
 
 
 @contextlib.contextmanager
-def distributed() -> Iterator[World]:
-    """Join the ranks that the launcher started; leave them on the way out (otherwise some exits abort)."""
+def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC) -> Iterator[World]:
+    """Join the ranks that the launcher started; leave them on the way out (otherwise some exits abort).
+
+    Args:
+        time_out_sec: how long a collective may wait for the slowest rank.
+        silence_sec: a rank that has given no sign of life for so long is given up, and all others end.
+    """
     deepspeed = _import_deepspeed()
     accelerator = deepspeed.get_accelerator()
+    time_out = timedelta(seconds=time_out_sec)
     if accelerator.device_name() == "cpu":
         # The shared-memory extension takes a minute to build and gloo is as fast.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -37,60 +56,25 @@ def distributed() -> Iterator[World]:
             # A plain `python launcher/tamt.py --deepspeed ...`: one rank, on a port the kernel picks.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_out)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type != "cpu":
         accelerator.set_device(device.index or 0)
+    watchdog = Watchdog(rank, size, silence_sec)
+    watchdog.start()
     try:
         with warnings.catch_warnings():
             # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-            yield World(rank, size, device)
+            yield World(rank, size, device, time_out)
+            torch.distributed.barrier()  # None leaves while another still needs it or its store.
+    except BaseException as error:
+        watchdog.report(error)
+        raise
     finally:
+        watchdog.stop()
         deepspeed.comm.destroy_process_group()
-
-
-def read_settings(file: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file as a dict.
-
-    Raises:
-        UserError: where it is missing or no JSON object.
-    """
-    try:
-        settings = json.loads(Path(file).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"DeepSpeed file {file} does not exist; type --deepspeed configs/ds/zero2.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed file {file} is no JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"DeepSpeed file {file} must hold one JSON object")
-    return settings
-
-
-def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
-    """One source for each number: refuse a file that fixes another value than the command line's.
-
-    Args:
-        settings: the parsed file.
-        ours: DeepSpeed key -> (our option, its value).
-        file: the file's name, for messages.
-
-    Raises:
-        UserError: naming both places.
-    """
-    for key, (option, value) in ours.items():
-        theirs = settings.get(key, "auto")
-        if theirs not in ("auto", value):
-            raise UserError(
-                f'{file} fixes "{key}" to {theirs} but {option} is {value}; remove the key or type {option} {theirs}'
-            )
-    for key, options in {
-        "optimizer": "--lr, --mask_lr, --head_lr and --weight_decay",
-        "scheduler": "--schedule_steps",
-    }.items():
-        if key in settings:
-            raise UserError(f'{file} has a "{key}" block, whose numbers come from {options}; remove the block')
 
 
 class ZeroEngine(Engine):
@@ -105,39 +89,60 @@ class ZeroEngine(Engine):
         batching: Batching,
         max_grad_norm: float,
         file: str,
+        as_asked: bool = False,
     ):
-        self.module, self.groups, self.world = module, groups, world
+        self.module, self.groups, self.world, self.shapes = module, groups, world, shapes_of(groups)
+        self._batching, self._max_grad_norm, self._micro_batch = batching, max_grad_norm, 0
         self._deepspeed = _import_deepspeed()
-        settings = read_settings(file)
+        settings = self._resolve(read_settings(file), file, as_asked)
+        self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        self.is_sharded = self.stage > 0
+        module.to(world.device)
+        cast_frozen_matrices(module, self.precision.compute)
+        set_communication(settings, self.stage, self.parameters.values(), file)
+        # DeepSpeed keeps for the whole process whether any engine of it has computed in autocast.
+        self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        optimizer = optimizer_for(groups, fused=world.device.type == "cuda")
+        self._norms = GradientNorms(self, optimizer)
+        with _quiet():
+            self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self._scaler = DeepSpeedScaler(self.loss_scale)
+        self._install_scaler()
+        set_time_out(world.time_out)
+        self.check_precision()
+
+    def _resolve(self, settings: dict[str, Any], file: str, as_asked: bool) -> dict[str, Any]:
+        """The file with its precision made ours and every number from the command line."""
+        batching, size = self._batching, self.world.size
         numbers: dict[str, tuple[str, Any]] = {
-            "train_batch_size": (
-                "--batch_size",
-                batching.micro_batch_size * batching.num_micro_batches * world.size,
-            ),
+            "train_batch_size": ("--batch_size", batching.micro_batch_size * batching.num_micro_batches * size),
             "train_micro_batch_size_per_gpu": ("--micro_batch_size", batching.micro_batch_size),
             "gradient_accumulation_steps": (
                 "--batch_size / (ranks * --micro_batch_size)",
                 batching.num_micro_batches,
             ),
-            "gradient_clipping": ("--max_grad_norm", max_grad_norm),
+            "gradient_clipping": ("--max_grad_norm", self._max_grad_norm),
         }
         check_settings(settings, numbers, file)
-        settings, self._precision = resolve_precision(settings, world.device, file)
+        settings, self.precision = resolve_precision(settings, self.world.device, file, as_asked=as_asked)
+        self.loss_scale = self.precision.loss_scale
         # Clipping is always written: DeepSpeed's own default is 1.0, not "off".
         settings |= {key: value for key, (_, value) in numbers.items()} | {"steps_per_print": 10**9}
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
-        self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        self._batching = batching
-        self._micro_batch = 0
-        module.to(world.device)
-        optimizer = optimizer_for(groups, fused=world.device.type == "cuda")
-        with _quiet():
-            self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.check_precision()
+        return settings
+
+    def _install_scaler(self) -> None:
+        """Put our loss scale where DeepSpeed has its own, which in stages 1 to 3 under autocast never backs off."""
+        if self.stage == 0:
+            self._engine.torch_autocast_z0_gradscaler = self._scaler
+            return
+        self._optimizer.torch_autocast_gradscaler = None
+        if self.loss_scale.is_on:
+            self._optimizer.loss_scaler, self._optimizer.dynamic_loss_scale = self._scaler, True
 
     def describe(self) -> str:
         """See :class:`Engine`."""
-        return f"ZeRO-{self.stage}, {self._precision}"
+        return f"ZeRO-{self.stage}, {self.precision.told}"
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
@@ -150,13 +155,19 @@ class ZeroEngine(Engine):
         if self._micro_batch < self._batching.num_micro_batches:
             self._engine.step()  # Only counts: DeepSpeed updates at its own accumulation boundary.
 
-    def step(self, learning_rates: Mapping[str, float]) -> float:
+    def step(self, learning_rates: Mapping[str, float], watched: Mapping[str, Sequence[str]] | None = None) -> Update:
         """See :class:`Engine`."""
         set_learning_rates(self._optimizer, learning_rates)
+        self._norms.watch(watched or {})
         norm = self._stage_0_norm() if self.stage == 0 else None
+        self._scaler.skips = norm is not None and not math.isfinite(norm)
         self._engine.step()
         self._micro_batch = 0
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        norm = norm if norm is not None else float(self._engine.get_global_grad_norm())
+        update = Update(norm, self._norms.norms(norm, self._max_grad_norm))
+        if self.loss_scale.is_on:
+            self.loss_scale.update(overflow=not update.applied)
+        return update
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
         """See :class:`Engine`; only stage 3 has anything to gather."""
@@ -164,10 +175,10 @@ class ZeroEngine(Engine):
             return contextlib.nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
 
-    def edit(self, values: Mapping[str, Tensor]) -> None:
+    def edit(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """See :class:`Engine`; copied on all ranks under GatheredParameters, then the fp32 masters are refreshed."""
         parameters = self.parameters
-        for name, value in values.items():
+        for name, value in values:
             with (
                 torch.no_grad(),
                 self._deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0),
@@ -176,12 +187,32 @@ class ZeroEngine(Engine):
         if hasattr(self._optimizer, "refresh_fp32_params"):
             self._optimizer.refresh_fp32_params()
 
-    def optimizer_leaves(self) -> list[Tensor]:
-        """See :class:`Engine`; the flat fp32 partitions in stages 1 to 3."""
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-            if hasattr(self._optimizer, attribute):
-                return list(getattr(self._optimizer, attribute))
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+    def find_pieces(self) -> list[Piece]:
+        """See :class:`Engine`; the parts of the flat fp32 partitions of stages 1 to 3."""
+        optimizer, names = self._optimizer, {id(value): name for name, value in self.parameters.items()}
+        if self.stage == 0:
+            return whole_pieces(self.parameters)
+        pieces = []
+        if self.stage == 3:
+            for leaf, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+                offset = 0
+                for parameter in members:
+                    size = parameter.ds_tensor.ds_numel  # The same on every rank; the last ones are padded.
+                    start = min(self.world.rank * size, parameter.ds_numel)
+                    length = min(size, parameter.ds_numel - start)
+                    pieces.append(Piece(names[id(parameter)], start, leaf, slice(offset, offset + length)))
+                    offset += size
+            return pieces
+        for index, leaf in enumerate(optimizer.single_partition_of_fp32_groups):
+            first = self.world.rank * leaf.numel()  # Of this rank's partition in the group's flat parameters.
+            members = optimizer.round_robin_bit16_groups[index]
+            for parameter, offset in zip(members, optimizer.round_robin_bit16_offsets[index], strict=True):
+                start = max(first, offset)
+                stop = min(first + leaf.numel(), offset + parameter.numel())
+                if start < stop:
+                    name = names[id(parameter)]
+                    pieces.append(Piece(name, start - offset, leaf, slice(start - first, stop - first)))
+        return pieces
 
     def optimizer_state(self) -> dict[Any, dict[str, Tensor]]:
         """See :class:`Engine`."""
@@ -191,10 +222,25 @@ class ZeroEngine(Engine):
     def _optimizer(self) -> Any:
         return self._engine.optimizer
 
-    def _stage_0_norm(self) -> Tensor:
-        """Stage 0 clips but does not tell the norm; at this point its gradients are already reduced."""
+    def _stage_0_norm(self) -> float:
+        """Stage 0 clips but does not tell the norm; at this point its gradients are reduced, and scaled still."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        return float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale.scale
+
+
+def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what is not trained in the type it is computed in; vectors (0.1 % of the bytes) stay as they are."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.to(dtype)
+
+
+def set_time_out(time_out: timedelta | None) -> None:
+    """Give every process group, ZeRO's own ones too, the run's time-out; torch gives new groups its default."""
+    if time_out is None:
+        return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(time_out, group)
 
 
 def _import_deepspeed() -> Any:

@@ -100,9 +100,9 @@ def rewind(engine: Engine, theta0: Mapping[str, Tensor], mask: Mapping[str, Tens
     The MLM head is not rewound. Moments must go in either case: an old momentum would move a pruned weight off zero.
     """
     if to_theta0:
-        engine.edit({name: _masked(value, mask.get(name)) for name, value in theta0.items()})
+        engine.edit((name, _masked(value, mask.get(name))) for name, value in theta0.items())
     else:
-        engine.edit({name: _masked(value.cpu(), mask[name]) for name, value in engine.read(mask)})
+        engine.edit([(name, _masked(value.cpu(), mask[name])) for name, value in engine.read(mask)])
     engine.reset_optimizer()
 
 

@@ -161,6 +161,7 @@ def start_engine(config: TrainingConfig, world: World, module: nn.Module, groups
             batching=batching,
             max_grad_norm=config.max_grad_norm,
             file=config.deepspeed,
+            as_asked=config.precision == "file",
         )
     else:
         engine = LocalEngine(module, groups, batching=batching, max_grad_norm=config.max_grad_norm)

@@ -16,12 +16,12 @@ STAGES = tuple(stage if stage == 2 else pytest.param(stage, marks=pytest.mark.sl
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
-@pytest.mark.parametrize("micro", [4, 2])
+@pytest.mark.parametrize("micro", [6, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_equal_the_plain_process(
     two_ranks: RankPool, tmp_path: Path, stage: int, micro: int, max_grad_norm: float
 ) -> None:
-    expected, metrics = jobs.trained(World(), None, tmp_path, 8, max_grad_norm)
+    expected, metrics = jobs.trained(World(), None, tmp_path, jobs.BATCH, max_grad_norm)
     for values, seen in two_ranks.run(jobs.trained, stage, tmp_path, micro, max_grad_norm):
         for name, value in expected.items():
             torch.testing.assert_close(values[name], value, rtol=0, atol=2e-6)
@@ -32,10 +32,10 @@ def test_two_ranks_equal_the_plain_process(
 def test_an_edit_reaches_every_copy_and_the_moments_are_forgotten(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
-    plain = jobs.make(World(), None, tmp_path, micro=8, max_grad_norm=0.5)
-    plain.edit({name: torch.ones_like(value) for name, value in plain.parameters.items()})
-    jobs.run_steps(World(), None, tmp_path, micro=8, last=3, engine=plain)
-    for ones, after_edit, moments, trained in two_ranks.run(jobs.edited, stage, tmp_path, 4):
+    plain = jobs.make(World(), None, tmp_path, micro=jobs.BATCH, max_grad_norm=0.5)
+    plain.edit((name, torch.ones_like(value)) for name, value in plain.parameters.items())
+    jobs.run_steps(World(), None, tmp_path, micro=jobs.BATCH, last=3, engine=plain)
+    for ones, after_edit, moments, trained in two_ranks.run(jobs.edited, stage, tmp_path, 6):
         assert all(torch.equal(after_edit[name], ones[name]) for name in ones)
         assert moments
         assert set(moments.values()) == {0.0}
@@ -45,7 +45,7 @@ def test_an_edit_reaches_every_copy_and_the_moments_are_forgotten(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resume_is_bit_exact(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
-    for whole, continued, state in two_ranks.run(jobs.resumed, stage, tmp_path, 2):
+    for whole, continued, state in two_ranks.run(jobs.resumed, stage, tmp_path, 3):
         assert state["note"] == "x"
         assert all(torch.equal(whole[name], continued[name]) for name in whole)
 

@@ -112,7 +112,7 @@ def rewound(world: World, config: ImpConfig, to_theta0: bool) -> dict[str, Any]:
     imp.write_mask(theta0.model, mask)
     imp.rewind(engine, weights, mask, to_theta0=to_theta0)
     after = {name: value.clone() for name, value in engine.read(engine.parameters)}
-    moments = [float(tensor.abs().max()) for tensor in engine.moments().values()]
+    moments = [float(tensor.abs().max()) for state in engine.optimizer_state().values() for tensor in state.values()]
     trainer.run(imp.Span(1, 4, decay=8))
     later = {name: value.clone() for name, value in engine.read(engine.parameters)}
     return {

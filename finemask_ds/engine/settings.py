@@ -1,0 +1,77 @@
+"""The DeepSpeed file: sharding, precision and communication; every other number has its source elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finemask_ds.engine.precision import DTYPES
+from finemask_ds.errors import UserError
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file as a dict.
+
+    Raises:
+        UserError: where it is missing or no JSON object.
+    """
+    try:
+        settings = json.loads(Path(file).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"DeepSpeed file {file} does not exist; type --deepspeed configs/ds/zero2.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed file {file} is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"DeepSpeed file {file} must hold one JSON object")
+    return settings
+
+
+def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
+    """One source for each number: refuse a file that fixes another value than the command line's.
+
+    Args:
+        settings: the parsed file.
+        ours: DeepSpeed key -> (our option, its value).
+        file: the file's name, for messages.
+
+    Raises:
+        UserError: naming both places.
+    """
+    for key, (option, value) in ours.items():
+        theirs = settings.get(key, "auto")
+        if theirs not in ("auto", value):
+            raise UserError(
+                f'{file} fixes "{key}" to {theirs} but {option} is {value}; remove the key or type {option} {theirs}'
+            )
+    for key, options in {
+        "optimizer": "--lr, --mask_lr, --head_lr and --weight_decay",
+        "scheduler": "--schedule_steps",
+    }.items():
+        if key in settings:
+            raise UserError(f'{file} has a "{key}" block, whose numbers come from {options}; remove the block')
+
+
+def set_communication(settings: dict[str, Any], stage: int, parameters: Iterable[nn.Parameter], file: str) -> None:
+    """Make "communication_data_type" hold for the trained values, in fp32 by default.
+
+    Gradients of scores are summed over ranks in fp32: a sum in bf16 keeps 8 bits, which loses whole ranks' shares once
+    many ranks add up, and the bytes saved are few beside the computation of a step. Under autocast DeepSpeed ignores
+    the key and takes a parameter's own ``comm_dtype``, in which stage 3 would also gather the scores for the forward.
+
+    Raises:
+        UserError: for 16-bit communication in stage 3 under autocast.
+    """
+    asked = settings.setdefault("communication_data_type", "fp32")
+    if not settings.get("torch_autocast") or asked == "fp32":
+        return
+    if stage == 3:
+        raise UserError(
+            f'{file}: in stage 3 "communication_data_type": "{asked}" would gather the scores in 16 bit; '
+            'type "fp32", or stage 2'
+        )
+    for parameter in parameters:
+        parameter.comm_dtype = DTYPES[asked]  # type: ignore[attr-defined]
