@@ -112,6 +112,8 @@ class Engine(ABC):
     """Of the trained parameters, by name; in stage 3 a parameter itself shows no shape."""
     is_sharded = False
     """Whether a trained value is updated by one rank only, in pieces; otherwise every rank updates all."""
+    is_partitioned = False
+    """Whether a trained value is whole inside ``gathered`` only."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -197,9 +199,7 @@ class Engine(ABC):
             kept = {"master": piece.leaf, **state.get(piece.leaf, {})}
             for kind, tensor in kept.items():
                 if tensor.dtype != torch.float32:
-                    raise UserError(
-                        f"the optimizer holds the {kind} of {piece.name} in {tensor.dtype}; it must be fp32"
-                    )
+                    raise UserError(f"the {kind} of {piece.name} became {tensor.dtype}; it must stay fp32")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -159,7 +159,9 @@ class Shards:
                 parts.append(file.get_slice(f"{kind}/{name}")[low - first : high - first])
                 reached = high
         if reached < stop:
-            raise UserError(f"{self.folder} lacks {name} from element {reached}; delete it to go on from the one before")
+            raise UserError(
+                f"{self.folder} lacks {name} from element {reached}; delete it to go on from the one before"
+            )
         return torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, kind: str, name: str) -> Tensor:

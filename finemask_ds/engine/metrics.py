@@ -243,3 +243,20 @@ class TensorBoardWriter(Destination):
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+
+
+def write_hyperparameters(folder: Path, knobs: Mapping[str, object], figures: Mapping[str, float]) -> None:
+    """Add a run's knobs and final figures to its TensorBoard folder, for the HPARAMS page that compares runs."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in knobs.items()
+    }
+    writer = SummaryWriter(str(folder))
+    for summary in hparams(plain, {f"final/{name}": value for name, value in figures.items()}):
+        # Not add_hparams, which would start a run of its own.
+        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+    for name, value in figures.items():
+        writer.add_scalar(f"final/{name}", value)
+    writer.close()

@@ -75,3 +75,16 @@ def set_communication(settings: dict[str, Any], stage: int, parameters: Iterable
         )
     for parameter in parameters:
         parameter.comm_dtype = DTYPES[asked]  # type: ignore[attr-defined]
+
+
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+"""DeepSpeed's buffers, in elements: 500 million each by default, 2 GB of fp32."""
+
+
+def size_buckets(settings: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
+    """Let the buckets that the file leaves out or to "auto" hold the largest trained parameter, once."""
+    zero = settings.setdefault("zero_optimization", {})
+    largest = max(parameter.numel() for parameter in parameters)
+    for key in BUCKETS:
+        if zero.get(key, "auto") == "auto":
+            zero[key] = largest + largest % 2  # DeepSpeed wants them even.

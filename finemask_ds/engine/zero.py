@@ -33,7 +33,7 @@ from finemask_ds.engine.base import (
 from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
-from finemask_ds.engine.settings import check_settings, read_settings, set_communication
+from finemask_ds.engine.settings import check_settings, read_settings, set_communication, size_buckets
 from finemask_ds.engine.world import World
 
 
@@ -95,11 +95,12 @@ class ZeroEngine(Engine):
         self._batching, self._max_grad_norm, self._micro_batch = batching, max_grad_norm, 0
         self._deepspeed = _import_deepspeed()
         settings = self._resolve(read_settings(file), file, as_asked)
-        self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        self.is_sharded = self.stage > 0
+        self.stage = int((settings.get("zero_optimization") or {}).get("stage", 0))
+        self.is_sharded, self.is_partitioned = self.stage > 0, self.stage == 3
         module.to(world.device)
         cast_frozen_matrices(module, self.precision.compute)
         set_communication(settings, self.stage, self.parameters.values(), file)
+        size_buckets(settings, self.parameters.values())
         # DeepSpeed keeps for the whole process whether any engine of it has computed in autocast.
         self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         optimizer = optimizer_for(groups, fused=world.device.type == "cuda")

@@ -74,3 +74,13 @@ class TiedDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary]."""
         return F.linear(x, self._embedding[0].effective_weight(), self.bias)
+
+
+def scores_name(matrix: str) -> str:
+    """Name of the scores of a matrix: ``...query.weight`` -> ``...query.scores``."""
+    return matrix.removesuffix("weight") + "scores"
+
+
+def matrix_name(parameter: str) -> str:
+    """Name of the matrix that a trained parameter belongs to: ``...query.scores`` -> ``...query.weight``."""
+    return parameter.removesuffix("scores") + "weight" if parameter.endswith(".scores") else parameter

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from finemask_ds.engine.loop import evaluate
+from finemask_ds.engine.metrics import write_hyperparameters
 from finemask_ds.engine.world import World
 from finemask_ds.masks.files import save_mask
 from finemask_ds.masks.mask import Mask
@@ -92,6 +93,9 @@ def _write(setting: Setting, outcome: Outcome, result: Mapping[str, Any]) -> Non
             stream.write(save(dict(outcome.head)))
     save_mask(run.mask, outcome.mask.with_provenance(provenance))
     write_json(run.result, result)
+    final = {**result["dev"], **{key: result[key] for key in ("sparsity", "distance_from_omp", "seconds")}}
+    figures = {name: value for name, value in final.items() if value is not None}
+    write_hyperparameters(run.tensorboard, setting.search.result_identity(), figures)
     hours = outcome.seconds / 3600 * setting.world.size
     on_gpu = setting.world.device.type == "cuda"
     run.update_provenance({"gpu_hours": hours} if on_gpu else {"core_hours": hours * torch.get_num_threads()})

@@ -58,7 +58,7 @@ def find_mask(setting: Setting) -> Outcome:
     rungs = ladder(config.sparsity)
     num_steps = (len(rungs) - 1) * config.interval_steps
     with setting.recorder(num_steps) as recorder:
-        trainer = Trainer(setting, engine, objective, recorder)
+        trainer = Trainer(setting, engine, objective, recorder, theta0)
         state = {"rung": -1} | trainer.resume()
         watch = MaskWatch(theta0.places, mask, draw=setting.draw)  # Distances from the unpruned model.
         for rung, sparsity in enumerate(rungs):

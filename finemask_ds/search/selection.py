@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from finemask_ds.engine.base import Engine
+from finemask_ds.engine.base import Engine, Piece
 from finemask_ds.engine.metrics import Recorder
+from finemask_ds.engine.world import World
 from finemask_ds.masks.binarize import threshold
-from finemask_ds.masks.select import Selection, num_kept, select, select_one
+from finemask_ds.masks.select import Selection, select
+from finemask_ds.masks.sharded import Shards, pack, select_sharded, unpack
+from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import masked_modules, read_mask
 from finemask_ds.search.watch import MaskWatch, sample
 
@@ -27,7 +32,7 @@ def select_trained(
     """Exact selection over values that an engine trains.
 
     Args:
-        engine: holds the values; in ZeRO-3 they are gathered matrix by matrix (all at once for the global scope).
+        engine: holds the values; in ZeRO-3 each rank counts on its own pieces, and only masks travel.
         names: matrix's name in the model -> name of the engine's parameter whose values are ranked.
         sparsity: share to remove, in [0, 1).
         scope: ``local`` ranks inside each matrix, ``global`` over all.
@@ -37,18 +42,47 @@ def select_trained(
     Returns:
         Matrix's name -> its selection, the same bits on every rank.
     """
-    if scope == "global":
-        with engine.gathered([engine.parameters[name] for name in names.values()]):
-            scores = {matrix: score(engine.parameters[name].detach()) for matrix, name in names.items()}
-            return select(scores, sparsity, scope, within=within)
-    chosen = {}
-    for matrix, (_, values) in zip(names, engine.read(names.values()), strict=True):
-        chosen[matrix] = select_one(
-            score(values),
-            num_kept(values.numel(), sparsity),
-            within=within[matrix] if within is not None else None,
-        )
-    return chosen
+    if not engine.is_partitioned:
+        scores = {matrix: score(engine.parameters[name].detach()) for matrix, name in names.items()}
+        return select(scores, sparsity, scope, within=within)
+    world, pieces = engine.world, held_pieces(engine, names)
+    shapes = {matrix: engine.shapes[name] for matrix, name in names.items()}
+    kept = select_sharded(
+        {matrix: score(piece.of(piece.leaf)).to(world.device) for matrix, piece in pieces.items()},
+        {matrix: math.prod(shape) for matrix, shape in shapes.items()},
+        sparsity, scope, Shards(world.rank, world.size, world.sum),
+        within=None if within is None else {
+            matrix: within[matrix].flatten()[piece.start : piece.stop].to(world.device)
+            for matrix, piece in pieces.items()
+        },
+    )  # fmt: skip
+    masks = whole_masks({matrix: mask for matrix, (mask, _) in kept.items()}, shapes, world)
+    return {matrix: Selection(masks[matrix], threshold) for matrix, (_, threshold) in kept.items()}
+
+
+def held_pieces(engine: Engine, names: Mapping[str, str]) -> dict[str, Piece]:
+    """In ZeRO-3, where a rank updates one piece of each value: matrix -> this rank's piece."""
+    piece_of = {piece.name: piece for piece in engine.pieces}
+    return {matrix: piece_of[name] for matrix, name in names.items()}
+
+
+def whole_masks(pieces: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], world: World) -> dict[str, Tensor]:
+    """Every rank's pieces of the masks put together on every rank; a bit per weight travels, once.
+
+    Args:
+        pieces: name -> bool [n], rank r's elements r * ceil(weights / ranks) and on of the flat matrix.
+        shapes: name -> shape of the matrix.
+        world: the ranks.
+    """
+    lengths = {name: -(-math.prod(shape) // world.size) for name, shape in shapes.items()}
+    packed = {name: pack(piece, -(-lengths[name] // 8)) for name, piece in pieces.items()}
+    gathered = world.gather_bytes(torch.cat(list(packed.values())))
+    masks = {}
+    columns = gathered.split([part.numel() for part in packed.values()], dim=1)
+    for (name, shape), part in zip(shapes.items(), columns, strict=True):
+        flat = unpack(part)[:, : lengths[name]].flatten()
+        masks[name] = flat[: math.prod(shape)].view(shape)
+    return masks
 
 
 @dataclass
@@ -81,9 +115,20 @@ class ScoreMasks:
 
     def binarize(self) -> None:
         """M = scores >= phi (Eq. 3), the thresholds as they are; the sparsity may drift."""
-        modules = masked_modules(self.model)
-        for (name, module), (_, scores) in zip(modules.items(), self.engine.read(self._names.values()), strict=True):
-            module.mask.copy_(threshold(scores, self.thresholds[name]))
+        modules, engine, names = masked_modules(self.model), self.engine, self._names
+        if engine.is_partitioned:
+            kept = {
+                name: threshold(piece.of(piece.leaf), self.thresholds[name]).to(engine.world.device)
+                for name, piece in held_pieces(engine, names).items()
+            }
+            masks = whole_masks(kept, {name: engine.shapes[scores] for name, scores in names.items()}, engine.world)
+        else:
+            masks = {
+                name: threshold(engine.parameters[scores].detach(), self.thresholds[name])
+                for name, scores in names.items()
+            }
+        for name, mask in masks.items():
+            modules[name].mask.copy_(mask)
 
     def show(self, watch: MaskWatch, recorder: Recorder) -> None:
         """Record sparsity, flips, distance and a sample of the scores against their thresholds; on all ranks."""
@@ -96,8 +141,3 @@ class ScoreMasks:
     @property
     def _names(self) -> dict[str, str]:
         return {name: scores_name(name) for name in masked_modules(self.model)}
-
-
-def scores_name(matrix: str) -> str:
-    """Name of the scores of a matrix: ``...query.weight`` -> ``...query.scores``."""
-    return matrix.removesuffix("weight") + "scores"

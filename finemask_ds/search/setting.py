@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,17 @@ from finemask_ds.data.collate import DevBatches, MaskingTokens, TrainBatches
 from finemask_ds.data.corpus import Corpus, load_blocks
 from finemask_ds.engine.base import Batching, Engine, Group
 from finemask_ds.engine.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from finemask_ds.engine.guard import check_agreement
 from finemask_ds.engine.local import LocalEngine
 from finemask_ds.engine.loop import Hook, Span, evaluate, every, train
 from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
 from finemask_ds.engine.progress import Console
 from finemask_ds.engine.world import World
+from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import head_parameters
 from finemask_ds.models.load import Pretrained, load_pretrained
+from finemask_ds.models.masked import matrix_name
+from finemask_ds.models.patch import read_mask
 from finemask_ds.run import Run
 from finemask_ds.search.objectives import Objective, counts
 from finemask_ds.search.watch import Draw
@@ -191,6 +196,8 @@ class Trainer:
     engine: Engine
     objective: Objective
     recorder: Recorder
+    masked: Pretrained | None = None
+    """The model under masks, whose ranks must agree on them; None where plain weights are trained."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def resume(self) -> dict[str, Any]:
@@ -220,16 +227,34 @@ class Trainer:
             state: what a checkpoint holds beside values and moments.
         """
         config, dev = self.setting.config, self.setting.dev_batches()
+        roles = self._roles()
         train(
             self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder, seed=config.seed,
             hooks=[
                 *after_step,
+                every(config.agree_every, self._agree),
                 every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
                 every(config.log_every, lambda step: self._log(step, before_log), last=span.last),
                 every(config.save_every, lambda step: self.save(step, state())),
             ],
+            watched=lambda step: roles if step % config.log_every == 0 or step == span.last else {},
             before_stop=lambda step: self.save(step, state()),
         )  # fmt: skip
+
+    def _roles(self) -> dict[str, list[str]]:
+        """Role (Q, K, ... or ``other``) -> names of the trained parameters whose gradient norm is logged under it."""
+        if self.masked is None:
+            return {}
+        roles = defaultdict(list)
+        for name in self.engine.parameters:
+            place = self.masked.places.get(matrix_name(name))
+            roles[place.role if place else "other"].append(name)
+        return dict(roles)
+
+    def _agree(self, step: int) -> None:
+        self.engine.check_precision()
+        if self.masked is not None and self.engine.world.size > 1:
+            check_agreement(self.engine.world, Mask(read_mask(self.masked.model)).digest(), step)
 
     def _evaluate(self, dev: Sequence[Mapping[str, Tensor]]) -> None:
         with self.engine.evaluation():

@@ -21,11 +21,12 @@ from finemask_ds.engine.loop import Span
 from finemask_ds.masks.initialise import binary, ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained
+from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, trained_head
-from finemask_ds.search.selection import ScoreMasks, scores_name
+from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
 
@@ -48,7 +49,7 @@ def find_mask(setting: Setting) -> Outcome:
     masks = ScoreMasks(engine, theta0.model, config.sparsity, config.scope, config.threshold_every)
     masks.thresholds = dict.fromkeys(start, config.phi)
     with setting.recorder(config.num_steps) as recorder:
-        trainer = Trainer(setting, engine, objective, recorder)
+        trainer = Trainer(setting, engine, objective, recorder, theta0)
         state = trainer.resume()
         if state["step"]:
             masks.thresholds = state["thresholds"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,36 +14,115 @@ from finemask_ds.engine.base import Batching, Group
 from finemask_ds.engine.local import LocalEngine
 from finemask_ds.engine.loop import Span
 from finemask_ds.engine.precision import resolve_precision
-from finemask_ds.engine.zero import check_settings, read_settings
+from finemask_ds.engine.scaling import LossScale
+from finemask_ds.engine.settings import check_settings, read_settings, size_buckets
+from finemask_ds.engine.world import World
+from finemask_ds.engine.zero import ZeroEngine
 from finemask_ds.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.engine import jobs
+from tests.engine.test_engines import STAGES
+from tests.pool import RankPool
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("block", ["fp16", "bf16"])
-def test_a_block_that_would_cast_the_scores_is_refused(block: str) -> None:
-    with pytest.raises(UserError, match="torch_autocast"):
-        resolve_precision({block: {"enabled": True}}, CPU, "x.json")
+@pytest.mark.parametrize(("block", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_block_that_would_cast_the_scores_is_translated_and_told(block: str, dtype: torch.dtype) -> None:
+    asked = {block: {"enabled": True, "initial_scale_power": 4}}
+    settings, precision = resolve_precision(asked, CPU, "x.json", as_asked=True)
+    name = str(dtype).removeprefix("torch.")
+    assert settings == {"torch_autocast": {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}}
+    assert precision.compute == dtype
+    assert f'its "{block}" block' in precision.told
+    assert "\n" not in precision.told
+    assert precision.loss_scale == (LossScale(scale=16.0) if block == "fp16" else LossScale.off())
     assert resolve_precision({block: {"enabled": False}}, CPU, "x.json")[0] == {}
 
 
 def test_a_cpu_goes_on_in_fp32_and_says_so() -> None:
-    settings, told = resolve_precision({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, CPU, "x.json")
-    assert settings == {}
-    assert "fp32" in told
-    assert "x.json asks for bfloat16" in told
-    with pytest.raises(UserError, match="float16"):
-        resolve_precision({"torch_autocast": {"enabled": True, "dtype": "float16"}}, CPU, "x.json")
+    for name in ("bfloat16", "float16"):
+        asked = {"torch_autocast": {"enabled": True, "dtype": name}}
+        settings, precision = resolve_precision(asked, CPU, "x.json")
+        assert settings == {}
+        assert precision.compute == torch.float32
+        assert precision.loss_scale == LossScale.off()
+        assert f"compute in fp32: x.json asks for {name}" in precision.told
+        settings, precision = resolve_precision(asked, CPU, "x.json", as_asked=True)
+        assert settings["torch_autocast"]["dtype"] == name
+        assert precision.loss_scale.is_on == (name == "float16")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_shipped_files_hold_no_number_of_the_training(stage: int) -> None:
-    file = REPOSITORY / f"configs/ds/zero{stage}.json"
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"torch_autocast": {"enabled": True, "dtype": "float8"}}, 'type "float16" or "bfloat16"'),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "keep one of the two"),
+        ({"fp16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "keep one of the two"),
+    ],
+)
+def test_two_precisions_or_an_unknown_one_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=rf"x\.json .*{told}"):
+        resolve_precision(settings, CPU, "x.json")
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs/ds").glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_files_hold_no_number_of_the_training(file: Path) -> None:
     settings = read_settings(file)
-    assert settings["zero_optimization"]["stage"] == stage
-    assert settings.keys() == {"zero_optimization", "torch_autocast"}
+    assert settings["zero_optimization"]["stage"] == int(file.stem[4])
+    assert settings.keys() == {"zero_optimization", "communication_data_type", "torch_autocast"}
+    assert ("offload_optimizer" in settings["zero_optimization"]) == ("offload" in file.stem)
+    assert settings["torch_autocast"]["dtype"] == ("float16" if "fp16" in file.stem else "bfloat16")
+    assert f"`{file.name}`" in (file.parent / "README.md").read_text()
     check_settings(settings, {"train_batch_size": ("--batch_size", 16)}, str(file))
+
+
+def test_buckets_hold_the_largest_trained_parameter() -> None:
+    settings: dict[str, Any] = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": "auto"}
+    }
+    size_buckets(settings, nn.Linear(3, 5).parameters())
+    assert settings["zero_optimization"] == {
+        "stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": 16, "stage3_prefetch_bucket_size": 16,
+    }  # fmt: skip
+
+
+class Weight(nn.Module):
+    """Its own gradient is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": self.weight.sum()}
+
+
+def summed_gradient(world: World, stage: int, folder: Path, settings: dict[str, Any]) -> float | str:
+    """Norm of a gradient of 1 + 2 ** -12 on each rank, which bf16 cannot hold."""
+    module = Weight()
+    file = jobs.settings_file(folder, stage, **settings)
+    groups, batching = [Group("weight", {"weight": module.weight}, 1e-3)], Batching(1, 1)
+    try:
+        engine = ZeroEngine(module, groups, world, batching=batching, max_grad_norm=0.0, file=file, as_asked=True)
+    except UserError as error:
+        return str(error)
+    engine.backward(engine.forward({})["loss"] * (1 + 2**-12))
+    return engine.step({"weight": 1e-3}).norm
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_summed_in_fp32_or_in_the_type_asked_for(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    exact, bf16 = 2 * (1 + 2**-12), {"communication_data_type": "bf16"}
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    for settings in ({}, {"communication_data_type": "fp32"}, autocast):
+        assert two_ranks.run(summed_gradient, stage, tmp_path, settings) == [exact, exact]
+    assert two_ranks.run(summed_gradient, stage, tmp_path, bf16) == [2.0, 2.0]
+    both = two_ranks.run(summed_gradient, stage, tmp_path, {**bf16, **autocast})
+    if stage == 3:
+        assert all("would gather the scores in 16 bit" in str(told) for told in both)
+    else:
+        assert both == [2.0, 2.0]
 
 
 def test_a_number_set_in_two_places_names_both(tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
-from finemask_ds.engine.checkpoint import newest_step
+from finemask_ds.engine.checkpoint import Shards, newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.patch import attach, tie_decoder_to_masked_embedding
+from finemask_ds.run import read_json
 from finemask_ds.search import imp
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.setting import Trainer, freeze_all_but, head_group, open_setting
@@ -58,7 +58,13 @@ def find(config: SearchConfig, pool: RankPool | None = None) -> dict[str, Any]:
 def last_values(config: SearchConfig) -> dict[str, Tensor]:
     """The trained values of the newest checkpoint."""
     folder = Path(config.run) / "checkpoints"
-    return load_file(folder / f"step-{newest_step(folder)}" / "values.safetensors")
+    return checkpoint_values(folder / f"step-{newest_step(folder)}")
+
+
+def checkpoint_values(folder: Path) -> dict[str, Tensor]:
+    """The trained values of one checkpoint, whole."""
+    with Shards(folder, read_json(folder / "state.json")) as shards:
+        return {name: shards.whole("values", name) for name in shards.shapes}
 
 
 class KilledError(Exception):

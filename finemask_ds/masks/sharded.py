@@ -1,0 +1,195 @@
+"""Exact selection over scores that no rank holds whole: each counts its own piece, and only counts travel.
+
+The threshold is found digit by digit. A float's bits, read as an integer, rank as the float does; the ranks add up how
+many scores have each leading digit (11 bits), which tells the digit of the k-th largest, and only the scores with that
+digit are looked at again: three sums over the ranks in all, of 2,048 counts for each threshold that is sought.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finemask_ds.errors import UserError
+from finemask_ds.masks.select import num_kept
+
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Shift and width in bits of each digit of a 32-bit key, from the highest."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The ranks among which the scores are divided; rank r's piece of a matrix precedes rank r + 1's."""
+
+    rank: int
+    size: int
+    sum: Callable[[Tensor], Tensor]
+    """int64 of any shape -> its sum over the ranks, on every rank."""
+
+
+def select_sharded(
+    pieces: Mapping[str, Tensor],
+    num_weights: Mapping[str, int],
+    sparsity: float,
+    scope: str,
+    shards: Shards,
+    *,
+    within: Mapping[str, Tensor] | None = None,
+) -> dict[str, tuple[Tensor, float]]:
+    """The part of ``masks.select.select`` that falls on this rank's pieces: the same bits as for whole matrices.
+
+    Args:
+        pieces: matrix's name -> fp32 [n], this rank's run of its flat scores (may be empty); the same names in the
+            same order on every rank.
+        num_weights: matrix's name -> scores on all ranks together.
+        sparsity: share to remove, in [0, 1).
+        scope: ``local`` ranks inside each matrix, ``global`` over all.
+        shards: the ranks.
+        within: matrix's name -> bool [n]; what is False there is never kept.
+
+    Returns:
+        Matrix's name -> bool [n], kept, and the smallest kept score of its threshold's scope (infinite: none kept).
+
+    Raises:
+        UserError: for a sparsity outside [0, 1) or scores that hold NaN, on every rank.
+        ValueError: where ``within`` leaves fewer scores than are to be kept, on every rank.
+    """
+    names = list(pieces)
+    rows = [0] * len(names) if scope == "global" else list(range(len(names)))
+    if scope == "global":
+        wanted = [num_kept(sum(num_weights.values()), sparsity)]
+    else:
+        wanted = [num_kept(num_weights[name], sparsity) for name in names]
+    _refuse_nan([pieces[name] for name in names], shards)
+    candidates = [_Candidates(pieces[name], None if within is None else within[name]) for name in names]
+    left = torch.tensor(wanted)
+    prefix = torch.zeros(len(wanted), dtype=torch.int64)
+    for shift, width in DIGITS:
+        counts = torch.stack([part.count(shift, width) for part in candidates])
+        if scope == "global":
+            counts = counts.sum(0, keepdim=True)
+        digit, left = _digit_of_kth(shards.sum(counts).cpu(), left)
+        prefix = (prefix << width) + digit
+        for row, part in zip(rows, candidates, strict=True):
+            part.narrow(shift, width, int(digit[row]))
+    ties = _ties_kept([part.number for part in candidates], rows, left, shards, device=candidates[0].device)
+    kept = {}
+    for name, row, part, number in zip(names, rows, candidates, ties, strict=True):
+        key = int(prefix[row]) - (1 << 31)
+        kept[name] = part.kept(key, number), _value(key) if wanted[row] else math.inf
+    return kept
+
+
+class _Candidates:
+    """A piece's scores in question: all, then those that share the digits found so far."""
+
+    def __init__(self, scores: Tensor, within: Tensor | None):
+        self._scores, self._within = scores, within
+        self._open: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._scores.device
+
+    @property
+    def number(self) -> int:
+        return self._keys().numel()
+
+    def count(self, shift: int, width: int) -> Tensor:
+        """int64 [2 ** width]: candidates with each digit."""
+        return torch.bincount(_digit(self._keys(), shift, width), minlength=1 << width)
+
+    def narrow(self, shift: int, width: int, digit: int) -> None:
+        """Leave the candidates with this digit."""
+        keys = self._keys()
+        self._open = keys[_digit(keys, shift, width) == digit]
+
+    def kept(self, threshold: int, ties: int) -> Tensor:
+        """Bool of the piece: above the threshold, or among the first ``ties`` that equal it."""
+        keys = _keys(self._scores)
+        above, equal = keys > threshold, keys == threshold
+        if self._within is not None:
+            above, equal = above & self._within, equal & self._within
+        above[equal.nonzero().flatten()[:ties]] = True
+        return above
+
+    def _keys(self) -> Tensor:
+        # Before the first digit is known all keys are candidates: made when needed, so that one matrix's are held.
+        if self._open is not None:
+            return self._open
+        keys = _keys(self._scores)
+        return keys if self._within is None else keys[self._within]
+
+
+def pack(kept: Tensor, num_bytes: int) -> Tensor:
+    """Bool [n] -> uint8 [num_bytes] on its device, in little bit order, padded with zeros."""
+    bits = kept.new_zeros(num_bytes * 8, dtype=torch.uint8)
+    bits[: kept.numel()] = kept
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """uint8 [..., bytes] -> bool [..., 8 * bytes]."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> places) & 1).bool().flatten(-2)
+
+
+def _refuse_nan(pieces: Sequence[Tensor], shards: Shards) -> None:
+    has_nan = torch.stack([piece.isnan().any() for piece in pieces]).any().long()
+    if shards.sum(has_nan).item():
+        raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """int32 that rank as the fp32 scores do; -0.0 has the key of 0.0."""
+    bits = (scores.detach() + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
+
+
+def _value(key: int) -> float:
+    """The fp32 score of a key."""
+    return torch.tensor(key ^ 0x7FFF_FFFF if key < 0 else key, dtype=torch.int32).view(torch.float32).item()
+
+
+def _digit(keys: Tensor, shift: int, width: int) -> Tensor:
+    """A digit of each key, int32 in [0, 2 ** width): the highest one carries the sign and is moved up."""
+    digits = keys >> shift
+    return digits + (1 << (width - 1)) if shift + width == 32 else digits & ((1 << width) - 1)
+
+
+def _digit_of_kth(counts: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row the digit of its ``left``-th largest key, and how many of that digit are still to be kept.
+
+    Args:
+        counts: int64 [rows, digits].
+        left: int64 [rows]; a row that keeps nothing gets its largest key's digit, which nothing exceeds.
+
+    Raises:
+        ValueError: where a row has fewer keys than it is to keep.
+    """
+    if (counts.sum(1) < left).any():
+        raise ValueError(f"cannot keep {left.tolist()} of {counts.sum(1).tolist()} scores")
+    from_top = counts.flip(1).cumsum(1)
+    place = torch.searchsorted(from_top, left.clamp(min=1)[:, None]).clamp(max=counts.shape[1] - 1)
+    above = torch.where(place > 0, from_top.gather(1, (place - 1).clamp(min=0)), 0).squeeze(1)
+    return counts.shape[1] - 1 - place.squeeze(1), left - torch.where(left > 0, above, 0)
+
+
+def _ties_kept(
+    numbers: Sequence[int], rows: Sequence[int], left: Tensor, shards: Shards, device: torch.device
+) -> list[int]:
+    """How many of this rank's scores at the threshold stay: those first in the order of matrix, rank and flat index."""
+    table = torch.zeros(len(numbers), shards.size, dtype=torch.int64, device=device)
+    table[:, shards.rank] = torch.tensor(numbers, device=device)
+    kept, room = [], left.tolist()
+    for row, counts in zip(rows, shards.sum(table).tolist(), strict=True):
+        for rank, count in enumerate(counts):
+            here = min(count, room[row])
+            room[row] -= here
+            if rank == shards.rank:
+                kept.append(here)
+    return kept
