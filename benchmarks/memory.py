@@ -1,95 +1,172 @@
 #!/usr/bin/env python
-"""Peak memory per rank at BERT-base's shapes beside the arithmetic that predicts it: two TAMT steps, a short IMP rung.
+"""Memory per rank at BERT-base's shapes, between steps and at the peak of a step, beside the arithmetic, term by term.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py                    # every cell that results/memory.json does not have yet
+    python benchmarks/memory.py --only tamt-2-fp32 # one of them
 
-Weights are random (no download); 2 ranks, ZeRO-2 and ZeRO-3, fp32 on CPUs. Writes results/memory.json.
+Weights are random (no download), 2 ranks on CPUs. "Between steps" is the resident set after a step, less what the
+process held before it loaded anything; freed memory is given back to the system first. 16-bit products are some 500
+times slower here than fp32, so those cells see few tokens; what is held between steps does not depend on that.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
-import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from finemask_ds.models.load import load_pretrained
+from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
+from finemask_ds.engine.loop import Span, train
+from finemask_ds.engine.metrics import Recorder
+from finemask_ds.engine.world import World
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.patch import attach, tie_decoder_to_masked_embedding
 from finemask_ds.provenance import collect
-from finemask_ds.recipes.stages import REPOSITORY, Stage, run_stages
+from finemask_ds.recipes.stages import REPOSITORY
 from finemask_ds.report.table import markdown
-from finemask_ds.run import write_json
+from finemask_ds.run import read_json, write_json
+from finemask_ds.search import imp, tamt
+from finemask_ds.search.magnitude import omp_mask
+from finemask_ds.search.objectives import Objective, counts
+from finemask_ds.search.selection import ScoreMasks
+from finemask_ds.search.setting import freeze_all_but, head_group, open_setting
 
 sys.path.insert(0, str(REPOSITORY))
+from tests.pool import RankPool
 from tests.toys import write_bert_base, write_text
 
+OUT = REPOSITORY / "results/memory.json"
 RANKS = 2
-STAGES = (
-    Stage("tamt", "tamt.py", ("--objective", "mlm", "--init", "ranked", "--steps", "2"), ranks=RANKS),
-    Stage("imp", "imp.py", ("--interval_steps", "2", "--sparsity", "0.2"), ranks=RANKS),
-)
-SHARED = ("--seq_len", "64", "--batch_size", "2", "--log_every", "1", "--eval_every", "0", "--save_every", "0")
+DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+CELLS = [f"tamt-{stage}-{dtype}" for dtype in DTYPES for stage in (0, 1, 2, 3)] + ["imp-2-fp32", "imp-3-fp32"]
+GIB = 2**30
+LARGEST = 30_522 * 768
+"""Elements of the largest trained matrix, which a bucket holds (configs/ds/README.md)."""
 
 
-def predicted_gib(method: str, stage: int, masked: int, total: int, bucket: int) -> dict[str, float]:
-    """What a rank must hold in fp32 at the end of a backward pass, by name, in GiB.
+def resident(mark: str = "VmRSS") -> int:
+    """Bytes resident in this process now, or at their highest since ``forget_peak`` (VmHWM)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
+    return int(line.split()[1]) * 1024
 
-    masked: weights under a mask; total: weights of the model; bucket: elements of a reduction bucket.
-    """
-    trained = masked if method == "tamt" else total
-    shard = 1 / RANKS
-    frozen = (total if stage < 3 else total * shard) if method == "tamt" else 0
-    values = trained if stage < 3 else trained * shard
-    parts = {
-        "frozen weights": 4 * frozen,
-        "trained values (scores or weights)": 4 * values,
-        "masked weights W * M of the graph": 4 * masked,
-        "masks, a byte each": masked,
-        "gradients, sharded": 4 * trained * shard,
-        "masters and moments, sharded": 12 * trained * shard,
-        "reduction buckets, two in flight": 2 * 4 * min(bucket, trained),
+
+def forget_peak() -> None:
+    """Let VmHWM begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(world: World, config: SearchConfig) -> dict[str, Any]:
+    """Bytes that this rank holds for the search between two steps, and at most while loading and in a step."""
+    # A first engine of a few weights loads DeepSpeed's modules, which are no part of the answer.
+    import deepspeed  # noqa: F401
+
+    before = resident()
+    forget_peak()
+    setting = open_setting(config, world, model=config.model, data=config.data)
+    theta0 = setting.theta0()
+    model, start = theta0.model, omp_mask(theta0, config)
+    if isinstance(config, TamtConfig):
+        attach(model, start, tamt.initial_scores(theta0, start, config))
+        groups = [tamt.mask_group(theta0, config), head_group(config, model)]
+    else:
+        assert isinstance(config, ImpConfig)
+        attach(model, Mask.full_like(theta0.shapes))
+        tie_decoder_to_masked_embedding(model)
+        groups = [imp.weight_group(theta0, config), head_group(config, model)]
+    freeze_all_but(model, groups)
+    sizes = {
+        "frozen": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "masked": start.num_weights(),
     }
-    return {name: size / 2**30 for name, size in parts.items()}
+    objective = Objective(model, "mlm")
+    engine = setting.engine(objective, groups)
+    masks = ScoreMasks(engine, model, config.sparsity, config.scope, 1)
+    masks.thresholds = dict.fromkeys(start, 0.01)
+    del theta0, start
+    loading = resident("VmHWM") - before
+    forget_peak()
+    hooks = [masks.after_step] if isinstance(config, TamtConfig) else []
+    train(engine, objective, setting.train_batches(), counts, Span(1, 2, decay=10), Recorder(), seed=0, hooks=hooks)
+    return {
+        "loading_peak": loading, "between_steps": resident() - before, "step_peak": resident("VmHWM") - before, **sizes,
+    }  # fmt: skip
 
 
-def process_gib() -> float:
-    """Resident memory of a rank before it loads anything."""
-    code = (
-        "import finemask_ds.session, finemask_ds.engine.zero as z, torch; z._import_deepspeed(); "
-        "from finemask_ds.search.setting import peak_memory_gib as p; print(p(torch.device('cpu')))"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(told.stdout.split()[-1])
+def predicted(stage: int, dtype: str, measured: dict[str, Any]) -> dict[str, float]:
+    """Bytes that a rank must hold between two steps, by name."""
+    masked, trained, frozen = measured["masked"], measured["trained"], measured["frozen"]
+    whole = 1 if stage < 3 else 1 / RANKS
+    sharded = 1 / RANKS if stage else 1
+    return {
+        "frozen weights": (4 if dtype == "fp32" else 2) * frozen * whole,
+        "scores (IMP: weights)": 4 * trained * whole,
+        "masks, a byte each": masked,
+        "masters": 4 * trained * sharded if stage else 0,
+        "moments": 8 * trained * sharded,
+        # Freed at the end of a step, except for stage 3's own buffer; W * M lives from forward to backward only.
+        "gradients": 4 * trained * sharded if stage == 3 else 0,
+        "masked weights W * M": 0,
+        "reduction bucket": 4 * LARGEST if stage else 0,
+    }
+
+
+def cell(pool: RankPool, name: str, scratch: Path, model: Path, text: Path) -> dict[str, Any]:
+    """Measure one cell."""
+    method, stage, dtype = name.split("-")
+    file = scratch / f"{name}.json"
+    settings: dict[str, Any] = {"zero_optimization": {"stage": int(stage), "overlap_comm": stage in "12"}}
+    if DTYPES[dtype]:
+        settings["torch_autocast"] = {"enabled": True, "dtype": DTYPES[dtype]}
+    file.write_text(json.dumps(settings))
+    shared = {
+        "model": str(model), "data": str(text), "run": str(scratch / name), "deepspeed": str(file),
+        "precision": "file", "seq_len": 8, "batch_size": RANKS,
+    }  # fmt: skip
+    config = TamtConfig(**shared, init="ranked", steps=10) if method == "tamt" else ImpConfig(**shared)
+    measured = pool.run(measure, config, timeout_sec=1800)[0]
+    return {"measured": measured, "predicted": predicted(int(stage), dtype, measured)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    rows, records = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        model, text = write_bert_base(folder / "model"), write_text(folder / "text")
-        pretrained = load_pretrained(str(model))
-        masked = sum(weight.numel() for weight in pretrained.targets.values())
-        total = sum(parameter.numel() for parameter in pretrained.model.parameters())
-        process = process_gib()
-        for zero in (2, 3):
-            bucket = json.loads((REPOSITORY / f"configs/ds/zero{zero}.json").read_text())["zero_optimization"]
-            stages = [replace(stage, zero=zero) for stage in STAGES]
-            run_stages(stages, folder / f"zero{zero}", ["--model", str(model), "--data", str(text), *SHARED])
-            for stage in stages:
-                lines = stage.run(folder / f"zero{zero}").metrics.read_text().splitlines()
-                measured = json.loads(lines[-1])["memory/peak_gib"]
-                parts = {"python, torch, deepspeed": process} | predicted_gib(
-                    stage.name, zero, masked, total, bucket["reduce_bucket_size"]
-                )
-                records.append({"method": stage.name, "zero": zero, "peak_gib": measured, "predicted_gib": parts})
-                rows.append([f"{stage.name} ZeRO-{zero}", f"{sum(parts.values()):.2f}", f"{measured:.2f}"])
+    parser.add_argument("--only", choices=CELLS, help="one cell, measured anew")
+    parser.add_argument("--out", type=Path, default=OUT, help="file that keeps the cells")
+    arguments = parser.parse_args()
+    done = read_json(arguments.out)["cells"] if arguments.out.exists() else {}
     made = {**collect(), "command": " ".join(["python", *sys.argv])}
-    write_json(REPOSITORY / "results/memory.json", {"made": made, "ranks": RANKS, "rows": records})
-    print(markdown(["method", "predicted GiB", "peak GiB, rank 0"], rows))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model, text = write_bert_base(scratch / "model"), write_text(scratch / "text")
+        for name in [arguments.only] if arguments.only else [name for name in CELLS if name not in done]:
+            pool = RankPool(RANKS)
+            done[name] = {**cell(pool, name, scratch, model, text), "made": made}
+            pool.close()
+            write_json(arguments.out, {"ranks": RANKS, "cells": done})
+            print(f"{name} done", flush=True)
+    print(table(done))
+
+
+def table(cells: dict[str, Any]) -> str:
+    rows = []
+    for name in CELLS:
+        if name in cells:
+            parts, measured = cells[name]["predicted"], cells[name]["measured"]
+            expected, held = sum(parts.values()), measured["between_steps"]
+            rows.append(
+                [name, *(f"{size / GIB:.2f}" for size in parts.values()), f"{expected / GIB:.2f}", f"{held / GIB:.2f}",
+                 f"{100 * (held / expected - 1):+.0f} %", f"{measured['step_peak'] / GIB:.2f}",
+                 f"{measured['loading_peak'] / GIB:.2f}"]
+            )  # fmt: skip
+    terms = list(next(iter(cells.values()))["predicted"])
+    return markdown(["cell", *terms, "sum", "between steps", "", "peak of a step", "peak of loading"], rows)
 
 
 if __name__ == "__main__":

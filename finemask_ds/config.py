@@ -31,7 +31,7 @@ PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
 """Steps over which the authors' learning rates fall to zero: two epochs, whatever step the mask is taken at."""
 
 VOLATILE = frozenset({
-    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "eval_every", "save_every", "agree_every",
+    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "eval_every", "save_every", "agree_every",
     "micro_batch_size", "eval_batch_size",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
@@ -63,6 +63,11 @@ class TrainingConfig(ABC):
     seed: int = knob(1, "seed of data order, masking, dropout and random masks", source="TAMT 4.1.3: three seeds")
     eval_seed: int = knob(0, "seed of the dev masking, the same for every method")
     log_every: int = knob(50, "a line and a TensorBoard point every so often", unit="steps")
+    watch_every: int = knob(
+        500,
+        "mask flips and distances, score histograms and gradient norms by role every so often; 0: at the end",
+        unit="steps",
+    )
     eval_every: int = knob(1000, "dev loss of the objective every so often; 0: only at the end", unit="steps")
     save_every: int = knob(1000, "a checkpoint every so often; 0: only at the end of a stage", unit="steps")
     run: str = knob("", "run directory; empty: runs/NAME-HASH from the options given")

@@ -72,6 +72,7 @@ BAD = {
     "hub data without a network": (["--data", "wikitext-103"], "--data builtin"),
     "long blocks": (["--seq_len", "65"], "64"),
     "batch": (["--micro_batch_size", "3"], "--batch_size 8 is not ranks x micro-batch x accumulation"),
+    "ranks": (["--ranks", "4"], "--ranks 4 but 1 started"),
     "a head too many": (["--head_steps", "3"], "has an MLM head already"),
 }  # fmt: skip
 

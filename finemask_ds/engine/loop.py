@@ -49,11 +49,16 @@ class Span:
         return max(0.0, (self.decay - done) / (self.decay - self.warmup))
 
 
+def is_due(interval: int, step: int, *, last: int | None = None) -> bool:
+    """Whether ``step`` is a multiple of ``interval`` (0: none is) or the last one."""
+    return step == last or (interval > 0 and step % interval == 0)
+
+
 def every(interval: int, hook: Hook, *, last: int | None = None) -> Hook:
     """Run ``hook`` at each multiple of ``interval`` (0: never) and at step ``last``."""
 
     def run(step: int) -> None:
-        if step == last or (interval and step % interval == 0):
+        if is_due(interval, step, last=last):
             hook(step)
 
     return run

@@ -98,7 +98,7 @@ class ZeroEngine(Engine):
         self.stage = int((settings.get("zero_optimization") or {}).get("stage", 0))
         self.is_sharded, self.is_partitioned = self.stage > 0, self.stage == 3
         module.to(world.device)
-        cast_frozen_matrices(module, self.precision.compute)
+        cast_frozen(module, self.precision.compute)
         set_communication(settings, self.stage, self.parameters.values(), file)
         size_buckets(settings, self.parameters.values())
         # DeepSpeed keeps for the whole process whether any engine of it has computed in autocast.
@@ -229,11 +229,15 @@ class ZeroEngine(Engine):
         return float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale.scale
 
 
-def cast_frozen_matrices(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is not trained in the type it is computed in; vectors (0.1 % of the bytes) stay as they are."""
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the matrices that are not trained in the type they are computed in; vectors, 0.1 % of the bytes, in fp32.
+
+    All are copied: one vector that still lay in a mapped checkpoint file would hold all of it in memory.
+    """
     for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
-            parameter.data = parameter.data.to(dtype)
+        if not parameter.requires_grad:
+            kept = dtype if parameter.dim() > 1 else torch.float32
+            parameter.data = parameter.data.to(kept, copy=True)
 
 
 def set_time_out(time_out: timedelta | None) -> None:

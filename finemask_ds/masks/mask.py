@@ -131,7 +131,7 @@ class Mask(Mapping[str, Tensor]):
 
     def num_kept(self, name: str | None = None) -> int:
         """Weights that stay in one matrix, or in all."""
-        return sum(_ones(self._bits[each]) for each in self._names(name))
+        return sum(ones(self._bits[each]) for each in self._names(name))
 
     def num_weights(self, name: str | None = None) -> int:
         """Weights of one matrix, or of all."""
@@ -146,8 +146,8 @@ class Mask(Mapping[str, Tensor]):
         """|A and B| / |A or B| over a matrix or all as one set (TAMT Section 4.2.5); 1 if both are empty."""
         other.check(self._shapes, "the other mask")
         names = self._names(name)
-        common = sum(_ones(self._bits[each] & other._bits[each]) for each in names)
-        united = sum(_ones(self._bits[each] | other._bits[each]) for each in names)
+        common = sum(ones(self._bits[each] & other._bits[each]) for each in names)
+        united = sum(ones(self._bits[each] | other._bits[each]) for each in names)
         return common / united if united else 1.0
 
     def distance(self, other: Mask, name: str | None = None) -> float:
@@ -212,7 +212,8 @@ def _frozen(bits: numpy.ndarray) -> numpy.ndarray:
     return bits
 
 
-def _ones(bits: numpy.ndarray) -> int:
+def ones(bits: numpy.ndarray) -> int:
+    """How many bits are set in an array of packed bits."""
     return int(numpy.bitwise_count(bits).sum(dtype=numpy.int64))
 
 

@@ -81,7 +81,7 @@ def find_mask(setting: Setting) -> Outcome:
                     first=max(origin, state["step"]) + 1, last=origin + config.interval_steps,
                     decay=config.num_schedule_steps, origin=origin,
                 ),
-                before_log=[lambda step: watch.observe(recorder, read_mask(theta0.model))],
+                watch=[lambda step: watch.observe(recorder, read_mask(theta0.model))],
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
     return Outcome(mask, num_steps, trainer.stopwatch.seconds, trained_head(engine))

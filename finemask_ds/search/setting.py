@@ -21,7 +21,7 @@ from finemask_ds.engine.base import Batching, Engine, Group
 from finemask_ds.engine.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from finemask_ds.engine.guard import check_agreement
 from finemask_ds.engine.local import LocalEngine
-from finemask_ds.engine.loop import Hook, Span, evaluate, every, train
+from finemask_ds.engine.loop import Hook, Span, evaluate, every, is_due, train
 from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
 from finemask_ds.engine.progress import Console
 from finemask_ds.engine.world import World
@@ -215,7 +215,7 @@ class Trainer:
         span: Span,
         *,
         after_step: Sequence[Hook] = (),
-        before_log: Sequence[Hook] = (),
+        watch: Sequence[Hook] = (),
         state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         """Train the steps of ``span``.
@@ -223,7 +223,7 @@ class Trainer:
         Args:
             span: steps and schedule.
             after_step: run after every step.
-            before_log: run before every log line, to record more.
+            watch: run now and then, to record what is dear to look at.
             state: what a checkpoint holds beside values and moments.
         """
         config, dev = self.setting.config, self.setting.dev_batches()
@@ -234,10 +234,11 @@ class Trainer:
                 *after_step,
                 every(config.agree_every, self._agree),
                 every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
-                every(config.log_every, lambda step: self._log(step, before_log), last=span.last),
+                *(every(config.watch_every, hook, last=span.last) for hook in watch),
+                every(config.log_every, self._log, last=span.last),
                 every(config.save_every, lambda step: self.save(step, state())),
             ],
-            watched=lambda step: roles if step % config.log_every == 0 or step == span.last else {},
+            watched=lambda step: roles if is_due(config.watch_every, step, last=span.last) else {},
             before_stop=lambda step: self.save(step, state()),
         )  # fmt: skip
 
@@ -261,10 +262,8 @@ class Trainer:
             for name, value in evaluate(self.engine.forward, self.engine.world, dev, counts).items():
                 self.recorder.record_last(f"dev/{name}", value)
 
-    def _log(self, step: int, before_log: Sequence[Hook]) -> None:
+    def _log(self, step: int) -> None:
         self.recorder.record_last("memory/peak_gib", peak_memory_gib(self.engine.world.device))
-        for hook in before_log:
-            hook(step)
         self.recorder.flush(step)
 
 

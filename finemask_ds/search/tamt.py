@@ -58,7 +58,7 @@ def find_mask(setting: Setting) -> Outcome:
         trainer.run(
             Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
             after_step=[masks.after_step],
-            before_log=[lambda step: masks.show(watch, recorder)],
+            watch=[lambda step: masks.show(watch, recorder)],
             state=lambda: {"thresholds": masks.thresholds},
         )
     masks.select_exactly()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
 import torch
 
 from finemask_ds.engine.metrics import Recorder
+from finemask_ds.masks.mask import Mask, ones
 
 SAMPLE = 16_384
 """Scores of each matrix that go into a histogram."""
@@ -47,8 +48,8 @@ class MaskWatch:
     `places` gives the role ("Q", "K", ...) and layer (None outside the layers) of each matrix, `start` its
     first mask, bool. `previous` is the mask observed last, where a resumed run goes on from a later one
     than the start. `draw(grid, rows, columns)` turns the distances, float [layers, roles] with NaN where
-    there is no matrix, into uint8 [height, width, 3]; without it no heat map is recorded. Keeps two copies
-    of the mask, a byte per weight.
+    there is no matrix, into uint8 [height, width, 3]; without it no heat map is recorded. Keeps two masks, a
+    bit per weight.
     """
 
     def __init__(
@@ -59,9 +60,8 @@ class MaskWatch:
         draw: Draw | None = None,
     ) -> None:
         self._places = {name: places[name] for name in start}
-        self._start = {name: _bool(name, mask).clone() for name, mask in start.items()}
-        self._previous = {name: _bool(name, (previous or start)[name]).clone() for name in start}
-        self._start_kept = {name: int(mask.count_nonzero()) for name, mask in self._start.items()}
+        self._start = _packed(start, start)
+        self._previous = _packed(previous or start, start)
         self._draw = draw
 
     def observe(
@@ -81,7 +81,9 @@ class MaskWatch:
         """
         if not recorder.writes:
             return
-        counts = {name: self._count(name, mask[name]) for name in self._start}
+        now = _packed(mask, self._start)
+        counts = {name: self._count(name, now) for name in self._start}
+        self._previous = now
         for group, sums in self._groups(counts).items():
             recorder.record_last(f"mask/sparsity/{group}", 1 - sums.kept / sums.total)
             recorder.record_last(f"mask/flips/{group}", sums.flipped / sums.total)
@@ -92,16 +94,11 @@ class MaskWatch:
             for role, margins in self._margins(scores, thresholds or {}).items():
                 recorder.histogram(f"mask/margin/{role}", margins)
 
-    def _count(self, name: str, now: torch.Tensor) -> _Counts:
-        previous, start = self._previous[name], self._start[name]
-        now = _bool(name, now).to(start.device)
-        if now.shape != start.shape:
-            raise ValueError(f"{name}: mask of shape {tuple(now.shape)}, at the start {tuple(start.shape)}")
-        kept, common = int(now.count_nonzero()), int((now & start).count_nonzero())
-        # The old mask is not needed after this: turn it into the flips in place, then into the new mask.
-        flipped = int(previous.logical_xor_(now).count_nonzero())
-        previous.copy_(now)
-        return _Counts(now.numel(), kept, flipped, common, kept + self._start_kept[name] - common)
+    def _count(self, name: str, now: Mask) -> _Counts:
+        if now.shapes[name] != self._start.shapes[name]:
+            raise ValueError(f"{name}: mask of shape {now.shapes[name]}, at the start {self._start.shapes[name]}")
+        bits, previous, start = (mask.bits(name) for mask in (now, self._previous, self._start))
+        return _Counts(now.num_weights(name), ones(bits), ones(bits ^ previous), ones(bits & start), ones(bits | start))
 
     def _groups(self, counts: Mapping[str, _Counts]) -> dict[str, _Counts]:
         groups: dict[str, _Counts] = defaultdict(_Counts)
@@ -117,10 +114,8 @@ class MaskWatch:
         return {role: torch.cat(parts) for role, parts in margins.items()}
 
 
-def _bool(name: str, mask: torch.Tensor) -> torch.Tensor:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: a mask is bool, not {mask.dtype}")
-    return mask
+def _packed(mask: Mapping[str, torch.Tensor], names: Iterable[str]) -> Mask:
+    return mask if isinstance(mask, Mask) else Mask({name: mask[name] for name in names})
 
 
 def sample(values: torch.Tensor, size: int = SAMPLE) -> torch.Tensor:
