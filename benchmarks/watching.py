@@ -3,8 +3,7 @@
 
     python benchmarks/watching.py
 
-TAMT at BERT-base's shapes with random weights, 2 ranks, ZeRO-2, 1 x 128 tokens per rank, which makes the steps short and
-the share large: the same run watched and logged every 4 steps, and once, at the end. Writes results/watching.json.
+TAMT at BERT-base's shapes with random weights, 2 ranks, ZeRO-2, 1 x 128 tokens per rank: short steps, large share; the same run watched and logged every 4 steps, and once, at the end. Writes results/watching.json.
 """
 
 from __future__ import annotations

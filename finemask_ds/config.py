@@ -31,8 +31,8 @@ PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
 """Steps over which the authors' learning rates fall to zero: two epochs, whatever step the mask is taken at."""
 
 VOLATILE = frozenset({
-    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "eval_every", "save_every", "agree_every",
-    "micro_batch_size", "eval_batch_size",
+    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "eval_every",
+    "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 

@@ -8,7 +8,8 @@ from finemask_ds.recipes.stages import Stage, run_stages, table
 
 SHARED = (
     *("--model", "builtin", "--data", "builtin", "--sparsity", "0.7", "--seq_len", "64", "--batch_size", "64"),
-    *("--dropout", "0", "--log_every", "50", "--eval_every", "0", "--save_every", "100"),
+    *("--dropout", "0", "--log_every", "50", "--watch_every", "50", "--eval_every", "0"),
+    *("--save_every", "100"),
 )
 """Options of every search; no dropout, since nothing is read often enough to be learnt by heart."""
 

@@ -24,7 +24,8 @@ from finemask_ds.session import search
 from tests.pool import RankPool
 
 TINY = {
-    "seq_len": 16, "batch_size": 8, "dropout": 0.0, "log_every": 5, "watch_every": 5, "eval_every": 10, "save_every": 5, "dev_blocks": 12,
+    "seq_len": 16, "batch_size": 8, "dropout": 0.0, "log_every": 5, "watch_every": 5, "eval_every": 10,
+    "save_every": 5, "dev_blocks": 12,
 }  # fmt: skip
 
 
