@@ -3,7 +3,8 @@
 
     python benchmarks/watching.py
 
-TAMT at BERT-base's shapes with random weights, 2 ranks, ZeRO-2, 1 x 128 tokens per rank: short steps, large share; the same run watched and logged every 4 steps, and once, at the end. Writes results/watching.json.
+TAMT at BERT-base's shapes with random weights, 2 ranks, ZeRO-2, 1 x 128 tokens per rank, so that steps are short and
+the share large: one run looks every 4 steps, one only at the end. Writes results/watching.json.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, link: Connection, stacks: str) -> None:
+def _serve(rank: int, size: int, port: int, link: Connection, stacks: str, device: str) -> None:
+    if device == "cpu":
+        # Also on a machine with an accelerator, of which several ranks could not share one.
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
@@ -53,8 +56,8 @@ def _serve(rank: int, size: int, port: int, link: Connection, stacks: str) -> No
 class RankPool:
     """``size`` ranks; ``run`` calls a module-level function as ``function(world, *arguments)`` on each."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, device: str = "cpu"):
+        self.size, self._device = size, device
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._processes: list[Any] = []
         self._links: list[Connection] = []
@@ -64,7 +67,9 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=_serve, args=(rank, self.size, port, theirs, str(self._stacks(rank))), daemon=True
+                target=_serve,
+                args=(rank, self.size, port, theirs, str(self._stacks(rank)), self._device),
+                daemon=True,
             )
             process.start()
             self._processes.append(process)
