@@ -190,30 +190,33 @@ class ZeroEngine(Engine):
 
     def find_pieces(self) -> list[Piece]:
         """See :class:`Engine`; the parts of the flat fp32 partitions of stages 1 to 3."""
-        optimizer, names = self._optimizer, {id(value): name for name, value in self.parameters.items()}
+        names = {id(value): name for name, value in self.parameters.items()}
         if self.stage == 0:
             return whole_pieces(self.parameters)
-        pieces = []
-        if self.stage == 3:
-            for leaf, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-                offset = 0
-                for parameter in members:
-                    size = parameter.ds_tensor.ds_numel  # The same on every rank; the last ones are padded.
-                    start = min(self.world.rank * size, parameter.ds_numel)
-                    length = min(size, parameter.ds_numel - start)
-                    pieces.append(Piece(names[id(parameter)], start, leaf, slice(offset, offset + length)))
-                    offset += size
-            return pieces
+        return list(self._runs_of_parameters(names) if self.stage == 3 else self._runs_of_groups(names))
+
+    def _runs_of_parameters(self, names: Mapping[int, str]) -> Iterator[Piece]:
+        """Stage 3 cuts each parameter into as many equal runs as there are ranks, the last ones padded."""
+        optimizer = self._optimizer
+        for leaf, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            offset = 0
+            for parameter in members:
+                size = parameter.ds_tensor.ds_numel
+                start = min(self.world.rank * size, parameter.ds_numel)
+                length = min(size, parameter.ds_numel - start)
+                yield Piece(names[id(parameter)], start, leaf, slice(offset, offset + length))
+                offset += size
+
+    def _runs_of_groups(self, names: Mapping[int, str]) -> Iterator[Piece]:
+        """Stages 1 and 2 lay a group's parameters end to end and cut that into as many equal runs as ranks."""
+        optimizer = self._optimizer
         for index, leaf in enumerate(optimizer.single_partition_of_fp32_groups):
-            first = self.world.rank * leaf.numel()  # Of this rank's partition in the group's flat parameters.
+            first = self.world.rank * leaf.numel()
             members = optimizer.round_robin_bit16_groups[index]
             for parameter, offset in zip(members, optimizer.round_robin_bit16_offsets[index], strict=True):
-                start = max(first, offset)
-                stop = min(first + leaf.numel(), offset + parameter.numel())
+                start, stop = max(first, offset), min(first + leaf.numel(), offset + parameter.numel())
                 if start < stop:
-                    name = names[id(parameter)]
-                    pieces.append(Piece(name, start - offset, leaf, slice(start - first, stop - first)))
-        return pieces
+                    yield Piece(names[id(parameter)], start - offset, leaf, slice(start - first, stop - first))
 
     def optimizer_state(self) -> dict[Any, dict[str, Tensor]]:
         """See :class:`Engine`."""

@@ -122,3 +122,54 @@ def test_scores_on_an_exact_linear_are_gathered_in_16_bit(two_ranks: RankPool) -
     exact = torch.tensor(0.0100003).item()
     assert all(seen != exact for seen in two_ranks.run(scores_seen, False))
     assert all(seen == exact for seen in two_ranks.run(scores_seen, True))
+
+
+def shipped_fp16(world: World, stage: int, overflow: bool) -> tuple[float, float]:
+    """The loss scale after three steps with DeepSpeed's own scaler, and the gradient norm that it tells."""
+    module = _seeded_linear()
+    engine = _start(
+        module, stage, torch_autocast={"enabled": True, "dtype": "float16"}, gradient_clipping=1.0,
+        zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0},
+    )  # fmt: skip
+    for _ in range(3):
+        engine.backward(engine(torch.ones(2, 4)).sum() * (torch.inf if overflow else 1.0))
+        engine.step()
+    return engine.optimizer.torch_autocast_gradscaler.get_scale(), float(engine.get_global_grad_norm())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_fp16_scale_never_backs_off_and_its_norms_are_scaled(two_ranks: RankPool, stage: int) -> None:
+    """Hence the engine installs a scale of its own; a true norm here is about 9."""
+    for scale, _ in two_ranks.run(shipped_fp16, stage, True):
+        assert scale == 2.0**16
+    for _, norm in two_ranks.run(shipped_fp16, stage, False):
+        assert norm > 1e5
+
+
+class _Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.first * x).sum()
+
+
+def set_moment(world: World) -> str:
+    """What DeepSpeed's own setter of moments says in stage 3 where two ranks do not divide five elements."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    module = _Reader()
+    engine = _start(module, 3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0})
+    engine.backward(engine(torch.ones(5)))
+    engine.step()
+    try:
+        safe_set_full_optimizer_state(module.first, torch.arange(5.0), "exp_avg")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_deepspeed_cannot_set_moments_of_sizes_that_the_ranks_do_not_divide(two_ranks: RankPool) -> None:
+    """Hence checkpoints write into the flat partitions by themselves (``Piece``)."""
+    assert any(two_ranks.run(set_moment))
