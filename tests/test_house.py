@@ -80,6 +80,12 @@ def test_nothing_is_unpickled() -> None:
     assert loads == [("untrusted.py", 'torch.load(path, map_location="cpu", weights_only=True)')]
 
 
+def test_every_launcher_ends_without_pythons_finalisation() -> None:
+    """In which gloo's last threads sometimes abort a run that is done (``session.leave``)."""
+    for path in (REPOSITORY / "launcher").glob("*.py"):
+        assert re.search(r"\n    leave\(launch\(\w+, \w+\)\)\n$", path.read_text()), path
+
+
 def test_every_option_tells_its_meaning() -> None:
     for config in (TamtConfig, ImpConfig, MagnitudeConfig, PretrainConfig):
         text = parser_for(config).format_help()

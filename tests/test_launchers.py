@@ -130,11 +130,7 @@ def test_a_run_that_was_killed_is_continued_by_the_same_command(toy_bert: Path, 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     command = deepspeed("tamt.py", *toy(toy_bert, toy_text, broken), *options)
     process = start(command, tmp_path / "log")
-    deadline = time.monotonic() + 120
-    while not (broken / "checkpoints" / "step-20").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.05)
+    _wait_for(broken / "checkpoints" / "step-20", process, tmp_path / "log")
     os.killpg(process.pid, signal.SIGKILL)
     for pid in _ranks_of(broken):
         os.kill(pid, signal.SIGKILL)
@@ -149,6 +145,42 @@ def test_a_run_that_was_killed_is_continued_by_the_same_command(toy_bert: Path, 
     assert "restarts" in json.loads((broken / "provenance.json").read_text())
     steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(5, 151, 5))
+
+
+@pytest.mark.slow
+def test_fp16_as_the_file_asks_under_the_launcher(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    """The ranks and hosts are told first, then the precision; the log has the loss scale."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ["--objective", "kd", "--init", "ranked", "--mask_lr", "1e-3", "--steps", "10"]
+    command = deepspeed("tamt.py", *toy(toy_bert, toy_text, run), *options, "--precision", "file", "--ranks", "2")
+    command[command.index("configs/ds/zero2.json")] = "configs/ds/zero2_fp16.json"
+    assert start(command, log).wait(300) == 0, log.read_text()
+    told = log.read_text()
+    assert told.index("2 rank(s) on 1 host(s)") < told.index("run directory") < told.index("compute in float16")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert all(line["scale/loss_scale"] <= 2.0**16 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_whole_run_within_a_minute(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ["--objective", "kd", "--init", "ranked", "--mask_lr", "1e-3", "--steps", "100000", "--save_every", "10"]
+    process = start(deepspeed("tamt.py", *toy(toy_bert, toy_text, run), *options), log)
+    _wait_for(run / "checkpoints" / "step-10", process, log)
+    victim = next(pid for pid in _ranks_of(run) if b"--local_rank=1" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert "--local_rank=1" in log.read_text()  # the launcher names the command of the rank that died
+    assert _ranks_of(run) == []
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
 
 
 def _ranks_of(run: Path) -> list[int]:
