@@ -24,17 +24,14 @@ from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
 from finemask_ds.engine.loop import Span, train
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.world import World
-from finemask_ds.masks.mask import Mask
-from finemask_ds.models.patch import attach, tie_decoder_to_masked_embedding
 from finemask_ds.provenance import collect
 from finemask_ds.recipes.stages import REPOSITORY
 from finemask_ds.report.table import markdown
 from finemask_ds.run import read_json, write_json
 from finemask_ds.search import imp, tamt
-from finemask_ds.search.magnitude import omp_mask
 from finemask_ds.search.objectives import Objective, counts
 from finemask_ds.search.selection import ScoreMasks
-from finemask_ds.search.setting import freeze_all_but, head_group, open_setting
+from finemask_ds.search.setting import open_setting
 
 sys.path.insert(0, str(REPOSITORY))
 from tests.pool import RankPool
@@ -70,17 +67,12 @@ def measure(world: World, config: SearchConfig) -> dict[str, Any]:
     before = resident()
     forget_peak()
     setting = open_setting(config, world, model=config.model, data=config.data)
-    theta0 = setting.theta0()
-    model, start = theta0.model, omp_mask(theta0, config)
     if isinstance(config, TamtConfig):
-        attach(model, start, tamt.initial_scores(theta0, start, config))
-        groups = [tamt.mask_group(theta0, config), head_group(config, model)]
+        theta0, start, groups = tamt.freeze(setting, config)
     else:
         assert isinstance(config, ImpConfig)
-        attach(model, Mask.full_like(theta0.shapes))
-        tie_decoder_to_masked_embedding(model)
-        groups = [imp.weight_group(theta0, config), head_group(config, model)]
-    freeze_all_but(model, groups)
+        theta0, start, groups = imp.start(setting, config)
+    model = theta0.model
     sizes = {
         "frozen": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

@@ -42,17 +42,8 @@ def find_mask(setting: Setting) -> Outcome:
     """IMP: prune, rewind, train, rung by rung."""
     config = setting.config
     assert isinstance(config, ImpConfig)
-    theta0 = setting.theta0()
+    theta0, mask, groups = start(setting, config)
     weights = {name: value.detach().clone() for name, value in backbone_parameters(theta0).items()}
-    mask = Mask.full_like(theta0.shapes)
-    attach(theta0.model, mask)
-    if config.decoder == "masked":
-        tie_decoder_to_masked_embedding(theta0.model)
-    else:
-        untie_decoder(theta0.model)
-
-    groups = [weight_group(theta0, config), head_group(config, theta0.model)]
-    freeze_all_but(theta0.model, groups)
     objective = Objective(theta0.model, "mlm")
     engine = setting.engine(objective, groups)
     rungs = ladder(config.sparsity)
@@ -85,6 +76,20 @@ def find_mask(setting: Setting) -> Outcome:
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
     return Outcome(mask, num_steps, trainer.stopwatch.seconds, trained_head(engine))
+
+
+def start(setting: Setting, config: ImpConfig) -> tuple[Pretrained, Mask, list[Group]]:
+    """theta_0 under a mask that prunes nothing yet, that mask, and what is trained: all weights and the MLM head."""
+    theta0 = setting.theta0()
+    mask = Mask.full_like(theta0.shapes)
+    attach(theta0.model, mask)
+    if config.decoder == "masked":
+        tie_decoder_to_masked_embedding(theta0.model)
+    else:
+        untie_decoder(theta0.model)
+    groups = [weight_group(theta0, config), head_group(config, theta0.model)]
+    freeze_all_but(theta0.model, groups)
+    return theta0, mask, groups
 
 
 def prune(engine: Engine, mask: Mask, sparsity: float, scope: str) -> Mask:

@@ -35,14 +35,7 @@ def find_mask(setting: Setting) -> Outcome:
     """TAMT: freeze the weights, learn the scores, keep the exact selection."""
     config = setting.config
     assert isinstance(config, TamtConfig)
-    theta0 = setting.theta0()
-    start = random_mask(theta0, config) if config.init == "random" else omp_mask(theta0, config)
-    attach(theta0.model, start, initial_scores(theta0, start, config))
-
-    groups = [mask_group(theta0, config)]
-    if config.needs_head:
-        groups.append(head_group(config, theta0.model))
-    freeze_all_but(theta0.model, groups)
+    theta0, start, groups = freeze(setting, config)
     objective = Objective(theta0.model, config.objective)
     engine = setting.engine(objective, groups)
 
@@ -69,6 +62,18 @@ def find_mask(setting: Setting) -> Outcome:
         trained_head(engine),
         start,
     )
+
+
+def freeze(setting: Setting, config: TamtConfig) -> tuple[Pretrained, Mask, list[Group]]:
+    """theta_0, frozen, with scores to learn; the mask they start from; what is trained: scores, for MLM the head."""
+    theta0 = setting.theta0()
+    start = random_mask(theta0, config) if config.init == "random" else omp_mask(theta0, config)
+    attach(theta0.model, start, initial_scores(theta0, start, config))
+    groups = [mask_group(theta0, config)]
+    if config.needs_head:
+        groups.append(head_group(config, theta0.model))
+    freeze_all_but(theta0.model, groups)
+    return theta0, start, groups
 
 
 def initial_scores(theta0: Pretrained, start: Mask, config: TamtConfig) -> dict[str, Tensor]:

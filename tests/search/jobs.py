@@ -14,12 +14,10 @@ from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
 from finemask_ds.engine.checkpoint import Shards, newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
-from finemask_ds.masks.mask import Mask
-from finemask_ds.models.patch import attach, tie_decoder_to_masked_embedding
 from finemask_ds.run import read_json
 from finemask_ds.search import imp
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.setting import Trainer, freeze_all_but, head_group, open_setting
+from finemask_ds.search.setting import Trainer, open_setting
 from finemask_ds.session import search
 from tests.pool import RankPool
 
@@ -103,13 +101,8 @@ def failed(world: World, config: SearchConfig) -> str:
 def rewound(world: World, config: ImpConfig, to_theta0: bool) -> dict[str, Any]:
     """Train some steps, prune, rewind; what the engine holds then, and after more steps."""
     setting = open_setting(config, world, model=config.model, data=config.data)
-    theta0 = setting.theta0()
+    theta0, mask, groups = imp.start(setting, config)
     weights = {name: value.detach().clone() for name, value in imp.backbone_parameters(theta0).items()}
-    mask = Mask.full_like(theta0.shapes)
-    attach(theta0.model, mask)
-    tie_decoder_to_masked_embedding(theta0.model)
-    groups = [imp.weight_group(theta0, config), head_group(config, theta0.model)]
-    freeze_all_but(theta0.model, groups)
     objective = Objective(theta0.model, "mlm")
     engine = setting.engine(objective, groups)
     trainer = Trainer(setting, engine, objective, setting.recorder(8))

@@ -15,13 +15,12 @@ from finemask_ds.config import SearchConfig, TamtConfig
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
-from finemask_ds.models.patch import attach, masked_modules
+from finemask_ds.models.patch import masked_modules
 from finemask_ds.run import Run
 from finemask_ds.search import tamt
-from finemask_ds.search.magnitude import omp_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.selection import ScoreMasks
-from finemask_ds.search.setting import freeze_all_but, open_setting
+from finemask_ds.search.setting import open_setting
 from tests.engine.test_engines import STAGES
 from tests.pool import RankPool
 from tests.search import jobs
@@ -69,11 +68,7 @@ def test_a_16_bit_search_finds_about_what_fp32_finds(
 def dtypes(world: World, config: TamtConfig) -> dict[str, set[torch.dtype]]:
     """What the parameters of a model under learnt masks are held in, once an engine runs; and its moments."""
     setting = open_setting(config, world, model=config.model, data=config.data)
-    theta0 = setting.theta0()
-    start = omp_mask(theta0, config)
-    attach(theta0.model, start, tamt.initial_scores(theta0, start, config))
-    groups = [tamt.mask_group(theta0, config)]
-    freeze_all_but(theta0.model, groups)
+    theta0, _, groups = tamt.freeze(setting, config)
     engine = setting.engine(Objective(theta0.model, "kd"), groups)
     modules = masked_modules(theta0.model).values()
     state = engine.optimizer_state()

@@ -13,12 +13,11 @@ from finemask_ds.config import TamtConfig
 from finemask_ds.engine.base import Engine
 from finemask_ds.engine.world import World
 from finemask_ds.masks.select import select
-from finemask_ds.models.patch import attach, read_mask
+from finemask_ds.models.patch import read_mask
 from finemask_ds.search import tamt
-from finemask_ds.search.magnitude import omp_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.selection import ScoreMasks, select_trained
-from finemask_ds.search.setting import freeze_all_but, open_setting
+from finemask_ds.search.setting import open_setting
 from tests.pool import RankPool
 from tests.search import jobs
 
@@ -26,11 +25,7 @@ from tests.search import jobs
 def masks_in_training(world: World, config: TamtConfig, scope: str) -> tuple[ScoreMasks, Engine, Any]:
     """Learnt scores under an engine, moved to random values with many ties."""
     setting = open_setting(config, world, model=config.model, data=config.data)
-    theta0 = setting.theta0()
-    start = omp_mask(theta0, config)
-    attach(theta0.model, start, tamt.initial_scores(theta0, start, config))
-    groups = [tamt.mask_group(theta0, config)]
-    freeze_all_but(theta0.model, groups)
+    theta0, start, groups = tamt.freeze(setting, config)
     engine = setting.engine(Objective(theta0.model, "kd"), groups)
     draw = torch.Generator().manual_seed(0)
     engine.edit((name, torch.randint(-9, 9, shape, generator=draw) / 1000) for name, shape in engine.shapes.items())
