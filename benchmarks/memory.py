@@ -5,7 +5,7 @@
     python benchmarks/memory.py --only tamt-2-fp32 # one of them
 
 Weights are random (no download), 2 ranks on CPUs. "Between steps" is the resident set after a step, less what the
-process held before it loaded anything; freed memory is given back to the system first. 16-bit products are some 500
+process held before it loaded the model; freed memory is given back to the system first. 16-bit products are some 500
 times slower here than fp32, so those cells see few tokens; what is held between steps does not depend on that.
 """
 
@@ -34,6 +34,7 @@ from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import open_setting
 
 sys.path.insert(0, str(REPOSITORY))
+from tests.engine import jobs as toys
 from tests.pool import RankPool
 from tests.toys import write_bert_base, write_text
 
@@ -59,11 +60,9 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(world: World, config: SearchConfig) -> dict[str, Any]:
+def measure(world: World, config: SearchConfig, stage: int) -> dict[str, Any]:
     """Bytes that this rank holds for the search between two steps, and at most while loading and in a step."""
-    # A first engine of a few weights loads DeepSpeed's modules, which are no part of the answer.
-    import deepspeed  # noqa: F401
-
+    toys.run_steps(world, stage, Path(config.run).parent, micro=toys.BATCH // world.size)  # Loads all modules.
     before = resident()
     forget_peak()
     setting = open_setting(config, world, model=config.model, data=config.data)
@@ -123,7 +122,7 @@ def cell(pool: RankPool, name: str, scratch: Path, model: Path, text: Path) -> d
         "precision": "file", "seq_len": 8, "batch_size": RANKS,
     }  # fmt: skip
     config = TamtConfig(**shared, init="ranked", steps=10) if method == "tamt" else ImpConfig(**shared)
-    measured = pool.run(measure, config, timeout_sec=1800)[0]
+    measured = pool.run(measure, config, int(stage), timeout_sec=1800)[0]
     return {"measured": measured, "predicted": predicted(int(stage), dtype, measured)}
 
 

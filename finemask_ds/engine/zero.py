@@ -233,14 +233,13 @@ class ZeroEngine(Engine):
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the matrices that are not trained in the type they are computed in; vectors, 0.1 % of the bytes, in fp32.
+    """Keep the matrices that are not trained in the type they are computed in; vectors as they are.
 
-    All are copied: one vector that still lay in a mapped checkpoint file would hold all of it in memory.
+    All are copied, the trained ones too: one that still lay in a mapped checkpoint file would hold all of the file.
     """
     for parameter in module.parameters():
-        if not parameter.requires_grad:
-            kept = dtype if parameter.dim() > 1 else torch.float32
-            parameter.data = parameter.data.to(kept, copy=True)
+        is_frozen_matrix = not parameter.requires_grad and parameter.dim() > 1
+        parameter.data = parameter.data.to(dtype if is_frozen_matrix else parameter.dtype, copy=True)
 
 
 def set_time_out(time_out: timedelta | None) -> None:

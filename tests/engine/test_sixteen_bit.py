@@ -72,6 +72,26 @@ def test_no_scale_changes_an_update_or_a_norm(
     assert parts == pytest.approx(metrics["train/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_on_the_cpu_does_what_one_beside_the_model_does(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    """In fp32 the plain process's values and a resume bit for bit; in fp16, unclipped, the same bits and scale."""
+    offload: dict[str, Any] = {"zero": {"offload_optimizer": {"device": "cpu"}}}
+    plain, _ = jobs.trained(World(), None, tmp_path, jobs.BATCH, 0.5)
+    for whole, continued, _ in two_ranks.run(jobs.resumed, stage, tmp_path, 3, offload):
+        assert same(whole, continued)
+        for name, value in plain.items():
+            torch.testing.assert_close(whole[name], value, rtol=0, atol=2e-6)
+    beside = two_ranks.run(jobs.overflowed, stage, tmp_path, FP16, [3], [], 4, 0.0)[0]
+    elsewhere = two_ranks.run(jobs.overflowed, stage, tmp_path, {**FP16, **offload}, [3], [], 4, 0.0)
+    for values, metrics, scale in elsewhere:
+        assert same(values, beside[0])
+        assert scale == beside[2]
+        assert metrics == pytest.approx(beside[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_scale_survives_a_checkpoint(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     for whole, continued, scale, position in two_ranks.run(jobs.overflowed_and_resumed, stage, tmp_path, FP16):
