@@ -79,8 +79,8 @@ def select_sharded(
     ties = _ties_kept([part.number for part in candidates], rows, left, shards, device=candidates[0].device)
     kept = {}
     for name, row, part, number in zip(names, rows, candidates, ties, strict=True):
-        key = int(prefix[row]) - (1 << 31)
-        kept[name] = part.kept(key, number), _value(key) if wanted[row] else math.inf
+        threshold = _value(int(prefix[row]) - (1 << 31)) if wanted[row] else math.inf
+        kept[name] = part.kept(threshold, number), threshold
     return kept
 
 
@@ -88,8 +88,9 @@ class _Candidates:
     """A piece's scores in question: all, then those that share the digits found so far."""
 
     def __init__(self, scores: Tensor, within: Tensor | None):
-        self._scores, self._within = scores, within
-        self._open: Tensor | None = None
+        self._scores, self._within = scores.detach(), within
+        self._keys: Tensor | None = None
+        """Of the few scores that are left after the first digit."""
 
     @property
     def device(self) -> torch.device:
@@ -97,32 +98,40 @@ class _Candidates:
 
     @property
     def number(self) -> int:
-        return self._keys().numel()
+        return self._all().numel() if self._keys is None else self._keys.numel()
 
     def count(self, shift: int, width: int) -> Tensor:
         """int64 [2 ** width]: candidates with each digit."""
-        return torch.bincount(_digit(self._keys(), shift, width), minlength=1 << width)
+        if self._keys is not None:
+            return torch.bincount(_digit(self._keys, shift, width), minlength=1 << width)
+        half = 1 << (width - 1)
+        # Straight from the bits, where negative scores stand in the order of their magnitudes: their half is turned.
+        raw = torch.bincount((_bits(self._all()) >> shift) + half, minlength=1 << width)
+        return torch.cat([raw[:half].flip(0), raw[half:]])
 
     def narrow(self, shift: int, width: int, digit: int) -> None:
         """Leave the candidates with this digit."""
-        keys = self._keys()
-        self._open = keys[_digit(keys, shift, width) == digit]
+        if self._keys is not None:
+            self._keys = self._keys[_digit(self._keys, shift, width) == digit]
+            return
+        first = (digit - (1 << (width - 1))) << shift
+        low, high = (_value(key) for key in (first, first + (1 << shift) - 1))
+        scores = self._all()
+        # The outermost digits hold the infinities, and beyond them only what is no number.
+        below = scores <= (math.inf if math.isnan(high) else high)
+        self._keys = _keys(scores[below & (scores >= (-math.inf if math.isnan(low) else low))])
 
-    def kept(self, threshold: int, ties: int) -> Tensor:
+    def kept(self, threshold: float, ties: int) -> Tensor:
         """Bool of the piece: above the threshold, or among the first ``ties`` that equal it."""
-        keys = _keys(self._scores)
-        above, equal = keys > threshold, keys == threshold
+        above, equal = self._scores > threshold, self._scores == threshold
         if self._within is not None:
             above, equal = above & self._within, equal & self._within
         above[equal.nonzero().flatten()[:ties]] = True
         return above
 
-    def _keys(self) -> Tensor:
-        # Before the first digit is known all keys are candidates: made when needed, so that one matrix's are held.
-        if self._open is not None:
-            return self._open
-        keys = _keys(self._scores)
-        return keys if self._within is None else keys[self._within]
+    def _all(self) -> Tensor:
+        # Anew where it is needed, so that one matrix's is held and not those of all.
+        return self._scores if self._within is None else self._scores[self._within]
 
 
 def pack(kept: Tensor, num_bytes: int) -> Tensor:
@@ -144,9 +153,14 @@ def _refuse_nan(pieces: Sequence[Tensor], shards: Shards) -> None:
         raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
 
 
+def _bits(scores: Tensor) -> Tensor:
+    """The bits of fp32 scores as int32, with those of 0.0 for -0.0."""
+    return (scores + 0.0).view(torch.int32)
+
+
 def _keys(scores: Tensor) -> Tensor:
-    """int32 that rank as the fp32 scores do; -0.0 has the key of 0.0."""
-    bits = (scores.detach() + 0.0).view(torch.int32)
+    """int32 that rank as the fp32 scores do."""
+    bits = _bits(scores)
     return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
 
 
