@@ -207,8 +207,9 @@ class Trainer:
         return state
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint after ``step``."""
-        save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, "seconds": self.stopwatch.seconds})
+        """Write a checkpoint after ``step``; the seed and the data position are all that its draws depend on."""
+        about = {"seed": self.setting.config.seed, "seconds": self.stopwatch.seconds}
+        save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, **about})
 
     def run(
         self,
