@@ -86,7 +86,8 @@ def main() -> None:
             write_json(arguments.out, {"made": made, "cells": cells})
     rows = [
         [name, f"{cell['tokens_per_sec']:,.0f}", f"{cell['peak_gib']:.2f}", f"{cell['loss_scale'] or 0:g}",
-         f"{cell['skipped_steps'] or 0:g}", *(f"{value:.4f}" for value in cell["dev"].values() if value is not None)]
+         f"{cell['skipped_steps'] or 0:g}",
+         *("-" if value is None else f"{value:.4f}" for value in cell["dev"].values())]
         for name, cell in cells.items()
     ]  # fmt: skip
     print(markdown(["", "tokens/s", "peak GiB", "loss scale", "skipped", "MLM loss", "accuracy", "KD loss"], rows))

@@ -2,7 +2,7 @@
 # Everything that wants one accelerator, in one go: the tests of `pytest -m gpu`, then fp16 and bf16 searches at
 # BERT-base's shapes. Figures and logs go to $OUT (default: results/gpu).
 #
-#   benchmarks/gpu.sh
+#   benchmarks/gpu.sh [options of benchmarks/gpu.py, as --model FOLDER --data FOLDER --head_steps 500]
 #
 # On a machine that reaches no registry, put the missing wheels into .whl/ first; they are installed beside the system's
 # own torch.
@@ -18,4 +18,4 @@ else
 fi
 python3 -c 'import torch; assert torch.cuda.is_available(), "no accelerator"; print(torch.__version__, torch.cuda.get_device_name())'
 python3 -m pytest -m gpu tests/test_gpu.py 2>&1 | tee "$out/pytest.log"
-python3 benchmarks/gpu.py --out "$out/gpu.json" 2>&1 | tee "$out/gpu.log"
+python3 benchmarks/gpu.py --out "$out/gpu.json" "$@" 2>&1 | tee "$out/gpu.log"

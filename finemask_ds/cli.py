@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 from finemask_ds.options import Parser
 from finemask_ds.report.table import aligned
 
@@ -159,7 +159,6 @@ def _compare_many(labels: Sequence[str], masks: Sequence[Mask]) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from finemask_ds.masks.files import save_mask
     from finemask_ds.masks.foreign import refuse_existing
-    from finemask_ds.masks.untrusted import abbreviated
     from finemask_ds.models.imported import import_mask
 
     refuse_existing(arguments.out, "OUT")

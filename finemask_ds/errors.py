@@ -1,5 +1,16 @@
 """The one error a user can cause: a single sentence that says what is wrong, where, and what to type."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input; the launchers print the sentence once and every rank exits with code 2."""
+
+
+def abbreviated(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, escaped where a terminal would obey them, and how many more there are."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shown) + more

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from tests.engine import jobs as engine_jobs
 from tests.engine.test_checkpoints import contents
 from tests.pool import RankPool
 from tests.search import jobs
-from tests.search.test_armour import DTYPES, dtypes, logged, sixteen_bit
+from tests.search.test_armour import DTYPES, assert_held, dtypes, logged, sixteen_bit
 from tests.search.test_selection import selected
 
 pytestmark = pytest.mark.gpu
@@ -34,12 +33,6 @@ def gpu_rank() -> Iterator[RankPool]:
     pool.close()
 
 
-def config_of(method: str, folder: Path, model: Path, text: Path, **more: Any) -> Any:
-    if method == "imp":
-        return jobs.imp_config(folder, model, text, **more)
-    return jobs.tamt(folder, model, text, objective="mlm+kd", **more)
-
-
 @pytest.mark.parametrize("method", ["tamt", "imp"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("stage", STAGES)
@@ -48,10 +41,10 @@ def test_a_16_bit_search_finds_about_what_fp32_finds(
 ) -> None:
     """With the shipped precision setting: an accelerator has fast 16-bit arithmetic, so nothing falls back."""
     (tmp_path / "fp32.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
-    plain = config_of(method, tmp_path / "plain", toy_bert, toy_text)
+    plain = jobs.either(method, tmp_path / "plain", toy_bert, toy_text)
     plain = dataclasses.replace(plain, deepspeed=str(tmp_path / "fp32.json"))
     low = {"fp16": {"enabled": False, "initial_scale_power": 4}}  # Nothing overflows: both see the same batches.
-    config = sixteen_bit(config_of(method, tmp_path / "run", toy_bert, toy_text), tmp_path, stage, dtype, **low)
+    config = sixteen_bit(jobs.either(method, tmp_path / "run", toy_bert, toy_text), tmp_path, stage, dtype, **low)
     config = dataclasses.replace(config, precision="fast")
     expected, result = jobs.find(plain, gpu_rank), jobs.find(config, gpu_rank)
     assert result["sparsity"] == expected["sparsity"]
@@ -70,9 +63,7 @@ def test_frozen_matrices_are_16_bit_and_everything_learnt_is_fp32(
 ) -> None:
     config = sixteen_bit(jobs.tamt(tmp_path / "run", toy_bert, toy_text, objective="kd"), tmp_path, stage, dtype)
     (held,) = gpu_rank.run(dtypes, config)
-    assert held.pop("weights") == {DTYPES[dtype]}
-    assert held.pop("moments") in ({torch.float32}, set())
-    assert set(map(frozenset, held.values())) == {frozenset({torch.float32})}
+    assert_held(held, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("stage", STAGES)

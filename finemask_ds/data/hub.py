@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.data.sources import HUB_FORMATS, TextFiles, format_of, pick_splits, split_of
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 
 _CARD = "README.md"
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -50,7 +50,9 @@ def find_hub_text(data: str, name: str, config: str | None) -> TextFiles:
     files = [sibling.rfilename for sibling in info.siblings or []]
     train, dev = _pick(data, files, card, config)
     if not train:
-        raise UserError(f"--data {data} has no train split of a readable kind; its files are {_some(files)}")
+        raise UserError(
+            f"--data {data} has no train split of a readable kind; its files are {abbreviated(sorted(files), 10)}"
+        )
 
     def fetch(file: str) -> Path:
         try:
@@ -132,7 +134,7 @@ def _patterns(data: str, card: Path | None, config: str | None) -> dict[str, lis
         default = [n for n, c in configs.items() if c.get("default") or n == "default" or len(configs) == 1]
         config = default[0] if default else None
     if config not in configs:
-        names = _some(f"{data.split(':')[0]}:{name}" for name in configs)
+        names = abbreviated(sorted(f"{data.split(':')[0]}:{name}" for name in configs), 10)
         raise UserError(f"--data {data} names no configuration that this data set has; type one of {names}")
     listed = configs[config].get("data_files")
     if listed is None:
@@ -146,11 +148,6 @@ def _patterns(data: str, card: Path | None, config: str | None) -> dict[str, lis
 
 def _name(name: str, config: str | None) -> str:
     return f"{name}:{config}" if config else name
-
-
-def _some(names: Iterable[str], most: int = 10) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _out_of_reach(data: str, error: Exception) -> str:

@@ -62,10 +62,9 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, state: Mapping[str,
         "data_position": step + engine.loss_scale.skipped, "loss_scale": engine.loss_scale.state(),
     }  # fmt: skip
     try:
-        if world.rank < num_shards:
-            world.together(lambda: _write_shard(temporary / _shard(world.rank), engine))
-        else:
-            world.together(lambda: None)
+        world.together(
+            lambda: _write_shard(temporary / _shard(world.rank), engine) if world.rank < num_shards else None
+        )
         world.on_first(lambda: _finish(temporary, final, told))
     except UserError:
         world.on_first(lambda: shutil.rmtree(temporary, ignore_errors=True))

@@ -142,8 +142,8 @@ class Watchdog:
                 told = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
                 if not told:
                     self._look_for_silence(last)
-            except dist.DistError as error:
-                told = f"0\nrank 0, which keeps the ranks' store, is gone ({str(error).splitlines()[0]})"
+            except dist.DistError:
+                told = f"0\nrank 0 on {os.environ['MASTER_ADDR']} failed (the ranks' store went with it)"
             if told:
                 self._end(told)
 

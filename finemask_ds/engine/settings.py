@@ -63,9 +63,11 @@ def set_communication(settings: dict[str, Any], stage: int, parameters: Iterable
     the key and takes a parameter's own ``comm_dtype``, in which stage 3 would also gather the scores for the forward.
 
     Raises:
-        UserError: for 16-bit communication in stage 3 under autocast.
+        UserError: for an unknown type, or 16-bit communication in stage 3 under autocast.
     """
-    asked = settings.setdefault("communication_data_type", "fp32")
+    asked = settings["communication_data_type"] = settings.get("communication_data_type") or "fp32"
+    if asked not in ("fp32", "fp16", "bf16"):
+        raise UserError(f'{file} has "communication_data_type": {asked!r}; type "fp32", "fp16" or "bf16"')
     if not settings.get("torch_autocast") or asked == "fp32":
         return
     if stage == 3:

@@ -17,9 +17,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 from finemask_ds.masks.mask import Mask, Shape
-from finemask_ds.masks.untrusted import WANTED, abbreviated, is_numpy, read_arrays, read_tensors
+from finemask_ds.masks.untrusted import WANTED, is_numpy, read_arrays, read_tensors
 from finemask_ds.run import atomic_write
 
 

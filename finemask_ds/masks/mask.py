@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 from finemask_ds.masks.select import select
 
 Shape = tuple[int, ...]
@@ -233,8 +233,5 @@ def _by(shape: Shape) -> str:
     return " x ".join(map(str, shape)) or "nothing"
 
 
-def _some(verb: str, names: list[str], limit: int = 3) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return [f"{verb} {', '.join(names[:limit])}{more}"]
+def _some(verb: str, names: list[str]) -> list[str]:
+    return [f"{verb} {abbreviated(names)}"] if names else []

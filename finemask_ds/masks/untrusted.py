@@ -7,7 +7,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 
 WANTED = "give a file with one 0/1 matrix per weight, such as TAMT's or BERT-Tickets' mask.pt"
 _ZIP, _NUMPY, _PICKLE = b"PK\x03\x04", b"\x93NUMPY", b"\x80"
@@ -91,13 +91,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         entries = f"only {abbreviated([str(name) for name in loaded])}" if loaded else "nothing"
         raise UserError(f"{path} holds no tensors by name ({entries}): {WANTED}")
     return tensors
-
-
-def abbreviated(names: Sequence[str], limit: int = 3) -> str:
-    """The first names, escaped where a terminal would obey them, and how many more there are."""
-    shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shown) + more
 
 
 def _head(path: Path) -> bytes:

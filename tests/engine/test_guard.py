@@ -83,7 +83,7 @@ def main():
     how, folder = sys.argv[1], Path(sys.argv[2])
     with distributed(silence_sec=5, time_out_sec=7 if how == "stall" else 600) as world:
         engine = jobs.run_steps(world, 2, folder, micro=12 // world.size, last=2)[2]
-        if world.rank == world.size - 1:
+        if world.rank == int(sys.argv[3]):
             if how == "raise":
                 raise ValueError("out of luck")
             if how == "kill":
@@ -99,13 +99,14 @@ leave(0)
 """
 
 
-def start_ranks(how: str, folder: Path, size: int = 3) -> list[subprocess.Popen[str]]:
+def start_ranks(how: str, folder: Path, size: int = 3, failing: int = -1) -> list[subprocess.Popen[str]]:
     """Plain processes without a launcher that would end them."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, how, str(folder)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", RANK, how, str(folder), str(failing % size)], cwd=REPOSITORY, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(size)
     ]  # fmt: skip
@@ -134,6 +135,20 @@ def test_a_rank_that_fails_ends_all_and_is_named(tmp_path: Path, how: str, told:
     assert waited < 60
     assert all(process.returncode for process in processes)
     assert f"rank 2 on {socket.gethostname()} {told}" in said[0]
+
+
+@pytest.mark.slow
+def test_the_first_ranks_end_ends_all_too(tmp_path: Path) -> None:
+    """With it goes the store over which the ranks hear of each other."""
+    processes = start_ranks("kill", tmp_path, failing=0)
+    try:
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all(process.returncode for process in processes)
+    assert "rank 0 on 127.0.0.1 failed" in said[1]
 
 
 @pytest.mark.slow

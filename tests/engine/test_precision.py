@@ -118,6 +118,8 @@ def test_gradients_are_summed_in_fp32_or_in_the_type_asked_for(two_ranks: RankPo
     for settings in ({}, {"communication_data_type": "fp32"}, autocast):
         assert two_ranks.run(summed_gradient, stage, tmp_path, settings) == [exact, exact]
     assert two_ranks.run(summed_gradient, stage, tmp_path, bf16) == [2.0, 2.0]
+    unknown = two_ranks.run(summed_gradient, stage, tmp_path, {"communication_data_type": "int8"})
+    assert all('type "fp32", "fp16" or "bf16"' in str(told) for told in unknown)
     both = two_ranks.run(summed_gradient, stage, tmp_path, {**bf16, **autocast})
     if stage == 3:
         assert all("would gather the scores in 16 bit" in str(told) for told in both)

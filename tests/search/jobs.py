@@ -41,6 +41,13 @@ def imp_config(folder: Path, model: Path, text: Path, stage: int | None = None, 
     return ImpConfig(model=str(model), data=str(text), run=str(folder), deepspeed=_file(stage), **options)
 
 
+def either(method: str, folder: Path, model: Path, text: Path, stage: int | None = None, **more: Any) -> SearchConfig:
+    """IMP, or TAMT on both objectives."""
+    if method == "imp":
+        return imp_config(folder, model, text, stage, **more)
+    return tamt(folder, model, text, stage, objective="mlm+kd", **more)
+
+
 def _file(stage: int | None) -> str:
     return "" if stage is None else stage_file(stage)
 
