@@ -15,13 +15,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from finemask_ds.data import genres, lexicon
-from finemask_ds.data.builtin_tasks import TASKS, in_split, task_examples
+from finemask_ds.data.builtin_tasks import TASKS, Task, in_split, task_examples
 
 __all__ = [
     "DOCUMENTS",
     "MODEL",
     "TASKS",
     "VERSION",
+    "Task",
     "documents",
     "initial_positions",
     "task_examples",
