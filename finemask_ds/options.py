@@ -50,11 +50,13 @@ def parser_for(config_class: type[Any]) -> Parser:
     for field in dataclasses.fields(config_class):
         help_text = field.metadata["help"]
         unit, source = field.metadata["unit"], field.metadata["source"]
-        shown = "" if field.default in (None, "") else f" [{field.default}]"
+        many = isinstance(field.default, tuple)
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if default in (None, "") else f" [{default}]"
         details = f"{help_text}{f' ({unit})' if unit else ''}{shown}{f' - {source}' if source else ''}"
         parser.add_argument(
             f"--{field.name}", type=_type(config_class, field.name), default=field.default,
-            metavar="|".join(field.metadata["choices"]) or field.name.upper(),
+            nargs="+" if many else None, metavar="|".join(field.metadata["choices"]) or field.name.upper(),
             help=_wrapped(details).replace("%", "%%"),
         )  # fmt: skip
     return parser
@@ -68,11 +70,13 @@ def parse(config_class: type[C], argv: Sequence[str]) -> C:
     """
     options = vars(parser_for(config_class).parse_args(list(argv)))
     options.pop("local_rank")
-    return config_class(**options)
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
 
 
 def _type(config_class: type[Any], name: str) -> type:
     hint = typing.get_type_hints(config_class)[name]
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):
         hint = next(one for one in typing.get_args(hint) if one is not type(None))
     return hint

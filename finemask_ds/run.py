@@ -171,6 +171,15 @@ class Run:
         """The mask before the first step."""
         return self.folder / "masks" / "start.safetensors"
 
+    def snapshot(self, step: int) -> Path:
+        """The mask along a search after a step: masks/step-100.safetensors."""
+        return self.folder / "masks" / f"step-{step}.safetensors"
+
+    def snapshots(self) -> list[Path]:
+        """All of them, by step."""
+        found = self.start_mask.parent.glob("step-*.safetensors")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
     @property
     def head(self) -> Path:
         """The trained masked-language-model head."""
@@ -180,6 +189,10 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder from which a killed run goes on."""
         return self.folder / "checkpoints"
+
+    def best_weights(self, step: int) -> Path:
+        """Weights of a fine-tuning's best evaluation so far, while somebody will want them."""
+        return self.folder / "best" / f"step-{step}.safetensors"
 
     @property
     def result(self) -> Path:

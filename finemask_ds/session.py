@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 from finemask_ds.config import (
+    Config,
     ImpConfig,
     MagnitudeConfig,
     PretrainConfig,
@@ -26,11 +27,11 @@ from finemask_ds.options import parse
 from finemask_ds.report.heatmap import distance_map
 from finemask_ds.search import imp, magnitude, tamt
 from finemask_ds.search.conclude import conclude
-from finemask_ds.search.dense import builtin_corpus, builtin_model, trained_head
+from finemask_ds.search.dense import builtin_corpus, builtin_model, resolve_model, trained_head
 from finemask_ds.search.outcome import Outcome
 from finemask_ds.search.setting import Setting, open_setting
 
-C = TypeVar("C", bound=TrainingConfig)
+C = TypeVar("C", bound=Config)
 
 METHODS: Mapping[type[SearchConfig], Callable[[Setting], Outcome]] = {
     TamtConfig: tamt.find_mask,
@@ -56,7 +57,10 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     if world is None:
         with ranks_of(config) as world:
             return search(config, world)
-    model, data = resolve_model(config, world), str(builtin_corpus()) if config.data == "builtin" else config.data
+    model, data = (
+        resolve_model(config.model, world, config.deepspeed),
+        str(builtin_corpus()) if config.data == "builtin" else config.data,
+    )
     setting = open_setting(config, world, model=model, data=data)
     done = world.on_first(lambda: setting.run.result_of("search") if setting.run.done("search") else None)
     if done is None:
@@ -125,7 +129,9 @@ def leave(code: int) -> NoReturn:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """A search's result in two lines."""
+    """A result in two lines."""
+    if result.get("kind") == "finetune":
+        return _cell_summary(result)
     dev = result["dev"]
     figures = [f"{name} {value:.4f}" for name, value in dev.items() if value is not None]
     return (
@@ -135,8 +141,13 @@ def summary(result: Mapping[str, Any]) -> str:
     )
 
 
-def resolve_model(config: SearchConfig, world: World) -> str:
-    """The hub name or folder of the model; ``builtin`` is trained where it is missing."""
-    if config.model != "builtin":
-        return config.model
-    return str(builtin_model(PretrainConfig(deepspeed=config.deepspeed), world))
+def _cell_summary(result: Mapping[str, Any]) -> str:
+    figures = [
+        f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in result["metrics"].items()
+    ]
+    why = f" ({result['undefined']})" if result["undefined"] else ""
+    return (
+        f"{result['task']}, {result['method']}: dev {', '.join(figures)}{why} at step {result['best_step']} of "
+        f"{result['steps']}, sparsity {result['sparsity']:.6f}, {result['seconds']:.0f} s\n"
+        f"result {result['run']}/result.json; watch with: tensorboard --logdir {result['run']}/tb"
+    )

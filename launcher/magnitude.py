@@ -2,7 +2,8 @@
 """Oneshot magnitude pruning and random masks: python launcher/magnitude.py --kind omp (--help shows every knob)."""
 
 from finemask_ds.config import MagnitudeConfig
-from finemask_ds.session import launch, leave, search
+from finemask_ds.downstream import search_then_sweep
+from finemask_ds.session import launch, leave
 
 if __name__ == "__main__":
-    leave(launch(MagnitudeConfig, search))
+    leave(launch(MagnitudeConfig, search_then_sweep))

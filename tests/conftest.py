@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from finemask_ds.masks.files import save_mask
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.load import load_pretrained
+from tests.finetune.tasks import write_tasks
 from tests.pool import RankPool
 from tests.toys import write_bert, write_roberta, write_text
 
@@ -68,4 +72,19 @@ def shared() -> Path:
     folder = Path(os.environ.get("FINEMASK_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "models").is_dir():
         pytest.skip(f"{folder} with real text and a real encoder is absent (set FINEMASK_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("toy") / "tasks")
+
+
+@pytest.fixture(scope="session")
+def toy_mask(tmp_path_factory: pytest.TempPathFactory, toy_bert: Path) -> Path:
+    """A run directory with a random mask of the toy BERT at 70 %."""
+    folder = tmp_path_factory.mktemp("toy") / "random"
+    pretrained = load_pretrained(str(toy_bert))
+    told = {"method": "random", "model": "toy", "model_sha256": pretrained.digest(), "seed": 3, "target_sparsity": 0.7}
+    save_mask(folder / "mask.safetensors", Mask.random(pretrained.shapes, 0.7, seed=3).with_provenance(told))
     return folder

@@ -102,6 +102,35 @@ def _batch(
     return {"input_ids": inputs, "labels": labels, "original_ids": original}
 
 
+class EpochOrders:
+    """The order of the rows in each epoch: `orders(epoch)` is a permutation, int64 [rows], drawn from (seed, epoch)."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows, self.seed = num_rows, seed
+        self._latest: dict[int, np.ndarray] = {}
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """The permutation of one epoch; the last two are kept, for a batch may reach into the next epoch."""
+        if epoch not in self._latest:
+            keys = _philox(self.seed, _ORDER, epoch, 0).random_raw(self.num_rows)
+            before = dict(list(self._latest.items())[-1:])
+            self._latest = {**before, epoch: np.argsort(keys, kind="stable")}
+        return self._latest[epoch]
+
+
+def rank_share(batch_size: int, world_size: int, micro_batch_size: int) -> int:
+    """Rows of a global batch that one rank takes; micro-batches of 0 are the rank's rows at once.
+
+    Raises:
+        UserError: the batch cannot be cut evenly into ranks and micro-batches.
+    """
+    if batch_size < 1 or batch_size % (world_size * max(micro_batch_size, 1)):
+        shares = f"{world_size} ranks" + (f" x micro-batches of {micro_batch_size}" if micro_batch_size else "")
+        raise UserError(f"--batch_size {batch_size} is not divisible by {shares}; type a multiple of "
+                        f"{world_size * max(micro_batch_size, 1)}")  # fmt: skip
+    return batch_size // world_size
+
+
 class TrainBatches:
     """The training batches of one rank: `batches(step)` for steps from 1, in any order.
 
@@ -135,35 +164,23 @@ class TrainBatches:
     ) -> None:
         if len(blocks) == 0:
             raise UserError("there are no training blocks; give more text by --data")
-        if batch_size < 1 or batch_size % (world_size * max(micro_batch_size, 1)):
-            shares = f"{world_size} ranks" + (f" x micro-batches of {micro_batch_size}" if micro_batch_size else "")
-            raise UserError(f"--batch_size {batch_size} is not divisible by {shares}; type a multiple of "
-                            f"{world_size * max(micro_batch_size, 1)}")  # fmt: skip
+        share = rank_share(batch_size, world_size, micro_batch_size)
         self.blocks, self.tokens, self.batch_size, self.seed = blocks, tokens, batch_size, seed
-        share = batch_size // world_size
         self.micro_batch_size = micro_batch_size or share
         self.positions = range(rank * share, (rank + 1) * share)
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders = EpochOrders(len(blocks), seed)
 
     def __call__(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches at `step`: input_ids, labels, original_ids, int64 [sequences, tokens]."""
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
         epochs, offsets = np.divmod((step - 1) * self.batch_size + np.array(self.positions), len(self.blocks))
-        rows = np.array([self._order(int(epoch))[at] for epoch, at in zip(epochs, offsets, strict=True)])
+        rows = np.array([self._orders(int(epoch))[at] for epoch, at in zip(epochs, offsets, strict=True)])
         batches = []
         for start in range(0, len(rows), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
             batches.append(_batch(self.blocks, rows[part], self.positions[part], self.tokens, self.seed, step))
         return batches
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of one epoch; the last two are kept, for a batch may reach into the next epoch."""
-        if epoch not in self._orders:
-            keys = _philox(self.seed, _ORDER, epoch, 0).random_raw(len(self.blocks))
-            latest = dict(list(self._orders.items())[-1:])
-            self._orders = {**latest, epoch: np.argsort(keys, kind="stable")}
-        return self._orders[epoch]
 
 
 class DevBatches:

@@ -101,15 +101,18 @@ def format_of(name: str, formats: dict[str, str]) -> str | None:
     return None if found in ("parquet", "arrow") else found
 
 
-def pick_splits(names: Iterable[str], *, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Sort file names into train and dev by the split they speak of behind `prefix`.
+def pick_splits(
+    names: Iterable[str], *, prefix: str = "", split_of: Callable[[str], str] = split_of
+) -> dict[str, tuple[str, ...]]:
+    """Sort file names into splits by the one that `split_of` reads behind `prefix`; "train" and "dev" are always there.
 
     Without any train file, those that speak of no split are to be trained on.
     """
-    splits: dict[str, list[str]] = {"train": [], "dev": [], "test": [], "": []}
+    splits: dict[str, tuple[str, ...]] = {"train": (), "dev": ()}
     for name in sorted(names):
-        splits[split_of(name.removeprefix(prefix))].append(name)
-    return {"train": tuple(splits["train"] or splits[""]), "dev": tuple(splits["dev"])}
+        split = split_of(name.removeprefix(prefix))
+        splits[split] = (*splits.get(split, ()), name)
+    return {**splits, "train": splits["train"] or splits.get("", ())}
 
 
 def read_documents(path: Path, *, batch_rows: int = 1000) -> Iterator[list[str]]:
@@ -121,6 +124,17 @@ def read_documents(path: Path, *, batch_rows: int = 1000) -> Iterator[list[str]]
     Raises:
         UserError: the file cannot be read, is not UTF-8, or has no single column of text.
     """
+    for table in read_tables(path, batch_rows=batch_rows):
+        texts = table.column(_text_column(path, table.schema)).to_pylist()
+        yield [text.rstrip("\n") + "\n" for text in texts if text and text.strip()]
+
+
+def read_tables(path: Path, *, batch_rows: int) -> Iterator[pyarrow.Table]:
+    """Stream the rows of a file of any of `HUB_FORMATS`; lines of text are rows of one column, `text`.
+
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
     from datasets import load_dataset
 
     builder = format_of(path.name, HUB_FORMATS)
@@ -128,9 +142,7 @@ def read_documents(path: Path, *, batch_rows: int = 1000) -> Iterator[list[str]]
     with _readable(path):
         files = {"train": [glob.escape(str(path))]}
         rows = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-        for table in rows.with_format("arrow").iter(batch_size=batch_rows):
-            texts = table.column(_text_column(path, table.schema)).to_pylist()
-            yield [text.rstrip("\n") + "\n" for text in texts if text and text.strip()]
+        yield from rows.with_format("arrow").iter(batch_size=batch_rows)
 
 
 def text_bytes(path: Path) -> int | None:

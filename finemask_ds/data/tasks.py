@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy
 
@@ -23,6 +24,10 @@ class Answer(NamedTuple):
     text: str
     start: int
     """Its first character's place in the context."""
+
+
+Targets = Sequence[int] | Sequence[float] | Sequence[tuple[Answer, ...]]
+"""Class numbers, scores, or the acceptable answers of each row."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,25 @@ class Examples:
     """GLUE's index or the question's id."""
     first: Sequence[str]
     second: Sequence[str] | None
-    targets: Sequence[int] | Sequence[float] | Sequence[tuple[Answer, ...]] | None
-    """Class numbers, scores or the acceptable answers of each row; None where the split has none (test)."""
+    targets: Targets | None
+    """None where the split has none (test)."""
     sha256: str
-    """Of the contents, whatever file they came from."""
+    """Of texts and targets in their order, whatever file they came from."""
     dropped_rows: int = 0
     """Rows left out because a field is missing, as the hub's own reader does (QQP has some)."""
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str] | None,
+        targets: Targets | None,
+        dropped_rows: int = 0,
+    ) -> Examples:
+        """The rows with the sha256 of their contents."""
+        examples = cls(ids, first, second, targets, "", dropped_rows)
+        return replace(examples, sha256=contents_sha256(examples))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,26 +121,24 @@ class Examples:
         Raises:
             UserError: where there are fewer rows.
         """
-        if num > len(self):
-            raise UserError(f"--num_samples {num} is more than the {len(self)} training rows; type at most {len(self)}")
+        if not 1 <= num <= len(self):
+            raise UserError(f"--num_samples {num}: there are {len(self)} training rows; type 1 to {len(self)}")
         rows = numpy.random.default_rng(seed).permutation(len(self))[:num].tolist()
         return self.rows(rows)
 
     def rows(self, rows: Sequence[int]) -> Examples:
         """The chosen rows, in the order given."""
         second = None if self.second is None else [self.second[row] for row in rows]
-        targets = None if self.targets is None else [self.targets[row] for row in rows]
-        picked = replace(self, ids=[self.ids[row] for row in rows], first=[self.first[row] for row in rows],
-                         second=second, targets=targets)  # fmt: skip
-        return replace(picked, sha256=contents_sha256(picked))
+        targets = None if self.targets is None else cast(Targets, [self.targets[row] for row in rows])
+        first = [self.first[row] for row in rows]
+        return Examples.of([self.ids[row] for row in rows], first, second, targets, self.dropped_rows)
 
 
 def contents_sha256(examples: Examples) -> str:
-    """sha256 over ids, texts and targets."""
+    """sha256 over texts and targets; ids are left out, because each source of a task numbers its rows anew."""
     digest = hashlib.sha256()
-    columns = (examples.ids, examples.first, examples.second, examples.targets)
-    for row in zip(*(column if column is not None else [None] * len(examples) for column in columns), strict=True):
-        digest.update(repr(row).encode())
+    for column in (examples.first, examples.second, examples.targets):
+        digest.update(json.dumps(column).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -1,14 +1,17 @@
-"""The same surface in one process, through accelerate: for work without ranks, and the tests' plain reference."""
+"""The same surface through accelerate: one process, the tests' plain reference, or the ranks it has started."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 from torch import Tensor, nn
 
 from finemask_ds.engine.base import (
@@ -24,26 +27,52 @@ from finemask_ds.engine.base import (
     whole_pieces,
 )
 from finemask_ds.engine.scaling import LossScale
-from finemask_ds.engine.world import World
+from finemask_ds.engine.world import World, this_process
+
+
+@contextlib.contextmanager
+def accelerated() -> Iterator[World]:
+    """Join the ranks that ``accelerate launch`` or torchrun started, one for each GPU; without them, this process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield this_process()
+        return
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield World(rank=state.process_index, size=state.num_processes, device=state.device)
+    finally:
+        state.destroy_process_group()
 
 
 class LocalEngine(Engine):
-    """One process, one device, fp32."""
+    """Weights in fp32, whole on every rank; products in fp32 or, under autocast, in 16 bit."""
 
-    def __init__(self, module: nn.Module, groups: Sequence[Group], *, batching: Batching, max_grad_norm: float):
-        self._accelerator = Accelerator(mixed_precision="no")
-        self.world = World(device=self._accelerator.device)
-        self.groups, self.shapes, self.loss_scale = groups, shapes_of(groups), LossScale.off()
-        self._max_grad_norm = max_grad_norm
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[Group],
+        *,
+        batching: Batching,
+        max_grad_norm: float,
+        world: World | None = None,
+        mixed_precision: str = "no",
+        fused: bool = False,
+    ):
+        self._accelerator = _accelerator(mixed_precision)
+        self.world = world or World(device=self._accelerator.device)
+        self.groups, self.shapes = groups, shapes_of(groups)
+        self.loss_scale = LossScale() if mixed_precision == "fp16" else LossScale.off()
+        self._mixed_precision, self._max_grad_norm = mixed_precision, max_grad_norm
         module.to(self.world.device)
-        optimizer = optimizer_for(groups, fused=self.world.device.type == "cuda")
+        optimizer = optimizer_for(groups, fused=fused or self.world.device.type == "cuda")
         self._norms = GradientNorms(self, optimizer)
         self.module, self._optimizer = self._accelerator.prepare(module, optimizer)
         self.check_precision()
 
     def describe(self) -> str:
         """See :class:`Engine`."""
-        return "one plain process, compute in fp32"
+        ranks = "one plain process" if self.world.size == 1 else f"{self.world.size} plain processes"
+        compute = "fp32" if self._mixed_precision == "no" else f"{self._mixed_precision}, weights in fp32"
+        return f"{ranks}, compute in {compute}"
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
@@ -51,12 +80,16 @@ class LocalEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
-        self._accelerator.backward(loss)
+        # Ranks' gradients are averaged, where the engine's are summed.
+        self._accelerator.backward(loss * (self.world.size * self.loss_scale.scale))
 
     def step(self, learning_rates: Mapping[str, float], watched: Mapping[str, Sequence[str]] | None = None) -> Update:
         """See :class:`Engine`."""
         set_learning_rates(self._optimizer, learning_rates)
         self._norms.watch(watched or {})
+        if self.loss_scale.is_on:
+            for gradient in [value.grad for value in self.parameters.values() if value.grad is not None]:
+                gradient.div_(self.loss_scale.scale)
         clipped_to = self._max_grad_norm or float("inf")
         total = self._accelerator.clip_grad_norm_(self.parameters.values(), clipped_to)
         assert total is not None
@@ -64,6 +97,8 @@ class LocalEngine(Engine):
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
+        if self.loss_scale.is_on:
+            self.loss_scale.update(overflow=not math.isfinite(norm))
         return Update(norm, self._norms.norms(norm, self._max_grad_norm))
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
@@ -84,3 +119,10 @@ class LocalEngine(Engine):
     def optimizer_state(self) -> dict[Any, dict[str, Tensor]]:
         """See :class:`Engine`."""
         return self._optimizer.state
+
+
+def _accelerator(mixed_precision: str) -> Accelerator:
+    """Accelerate's devices, autocast and averaging of gradients; the loss scale is our own (see engine/scaling.py)."""
+    # What the first engine of a process asked for would hold for all that follow.
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[GradScalerKwargs(enabled=False)])

@@ -88,3 +88,13 @@ def _asked(settings: Mapping[str, Any], file: str) -> tuple[torch.dtype | None, 
     for name, dtype in asked.items():
         return dtype, block, name
     return None, block, ""
+
+
+def check_mixed_precision(asked: str, device: torch.device) -> None:
+    """Refuse fp16 where accelerate has no autocast for it.
+
+    Raises:
+        UserError: what to type.
+    """
+    if asked == "fp16" and device.type != "cuda":
+        raise UserError("--mixed_precision fp16 needs an accelerator, and there is none; type --mixed_precision no")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, prunable
+from finemask_ds.run import disk_full_is_user_error
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,8 @@ class Pretrained:
         return config.max_position_embeddings - offset
 
     def digest(self) -> str:
-        """sha256 of the backbone's names and fp32 bytes: which theta_0 this is, whatever file it came from."""
-        sha = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(self.family.backbone + "."):
-                sha.update(name.encode())
-                sha.update(parameter.detach().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        """Which theta_0 this is, whatever file it came from; see ``backbone_sha256``."""
+        return backbone_sha256(self.model)
 
     def head_state(self) -> dict[str, Tensor]:
         """Copies of the MLM head's parameters by name."""
@@ -74,6 +70,17 @@ class Pretrained:
         with torch.no_grad():
             for name, parameter in head_parameters(self.model).items():
                 parameter.copy_(state[name])
+
+
+def backbone_sha256(model: nn.Module) -> str:
+    """sha256 of the backbone's names and fp32 bytes; the pooler, which only some models of a checkpoint have, apart."""
+    prefix = family_of(model.config.model_type).backbone + "."  # type: ignore[union-attr,arg-type]
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler."):
+            sha.update(name.encode())
+            sha.update(parameter.detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) -> Pretrained:
@@ -87,8 +94,8 @@ def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) 
     Raises:
         UserError: unknown model or family, a checkpoint without safetensors, or targets that the model lacks.
     """
-    transformers = _quiet_transformers()
-    with _loading(name):
+    transformers = quiet_transformers()
+    with loading(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         family_of(config.model_type)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -116,7 +123,7 @@ def new_pretrained(config: Mapping[str, Any], tokenizer_folder: Path, *, dropout
         dropout: probability for hidden states and attention.
         seed: of the weights.
     """
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     options = {
         **config, "vocab_size": len(tokenizer), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
@@ -130,7 +137,7 @@ def new_pretrained(config: Mapping[str, Any], tokenizer_folder: Path, *, dropout
 
 def add_pooler(model: nn.Module, name: str) -> None:
     """Give a masked language model the pooler of its checkpoint, which Hugging Face leaves out, where it has one."""
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     base, report = transformers.AutoModel.from_pretrained(
         name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
@@ -140,17 +147,25 @@ def add_pooler(model: nn.Module, name: str) -> None:
 
 def save_pretrained(pretrained: Pretrained, folder: Path) -> None:
     """Write a plain Hugging Face folder (config, safetensors, tokenizer), which appears whole by one rename."""
+    save_folder(pretrained.model, pretrained.tokenizer, folder)
+
+
+def save_folder(model: nn.Module, tokenizer: Any, folder: Path, **texts: str) -> None:
+    """The same of any Hugging Face model; ``texts`` are further files, name without ``.md`` -> contents."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        with _silence():
-            pretrained.model.save_pretrained(temporary)  # type: ignore[operator]
-            pretrained.tokenizer.save_pretrained(temporary)
+        with _silence(), disk_full_is_user_error(folder):
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            tokenizer.save_pretrained(temporary)
+            for name, text in texts.items():
+                (temporary / f"{name}.md").write_text(text, encoding="utf-8")
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Any:
+    """The transformers library without its banners and bars, imported where it is used."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -166,7 +181,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Turn the loader's failures into one sentence."""
     try:
         with _silence():

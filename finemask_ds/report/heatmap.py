@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 COLOURS = "viridis"  # safe for the colour-blind, and nowhere near the grey of a missing cell
 MISSING = "0.85"
 _CELL_INCHES = (0.62, 0.32)
+_LETTER_INCHES = 0.085
+_LONGEST_LEVEL = 6  # letters of a column's name that fit above its cells
 _DOTS_PER_INCH = 110
 
 
-def heatmap(grid: numpy.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, value: str = "") -> Figure:
+def heatmap(
+    grid: numpy.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, value: str = "", *,
+    xlabel: str = "role", ylabel: str = "layer", top: float | None = None, decimals: int | None = None,
+) -> Figure:  # fmt: skip
     """Draw a grid, float [rows, columns] of values >= 0, a labelled cell each; NaN is grey and empty.
 
-    The colours span 0 to the next round number above the largest value, so that frames drawn at different
-    steps can be compared; `value` names the quantity beside the colour bar. Nothing global of matplotlib is
-    touched.
+    The colours span 0 to `top`, else to the next round number above the largest value, so that frames drawn at
+    different steps can be compared; `value` names the quantity beside the colour bar. Numbers have so many
+    `decimals`, or at most six characters. Long column names stand upright. Nothing global of matplotlib is touched.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -33,23 +38,29 @@ def heatmap(grid: numpy.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     grid = numpy.asarray(grid, dtype=float)
     if grid.shape != (len(rows), len(columns)):
         raise ValueError(f"grid of shape {grid.shape} for {len(rows)} rows and {len(columns)} columns")
-    size = (2.2 + _CELL_INCHES[0] * len(columns), 1.3 + _CELL_INCHES[1] * len(rows))
+    upright = max(map(len, columns)) > _LONGEST_LEVEL
+    letters = _LETTER_INCHES * max(map(len, rows))
+    high = _LETTER_INCHES * max(map(len, columns)) if upright else 0.0
+    size = (1.9 + letters + _CELL_INCHES[0] * len(columns), 1.3 + high + _CELL_INCHES[1] * len(rows))
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
-    top = _round_up(numpy.nanmax(grid)) if numpy.isfinite(grid).any() else 1.0
+    if top is None:
+        top = _round_up(numpy.nanmax(grid)) if numpy.isfinite(grid).any() else 1.0
     shades = axes.imshow(grid, cmap=colormaps[COLOURS].with_extremes(bad=MISSING), vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if upright else 0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(numpy.arange(len(columns) + 1) - 0.5, minor=True)
     axes.set_yticks(numpy.arange(len(rows) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
+    axes.grid(False)
+    axes.grid(which="minor", color="white", linewidth=1, linestyle="-")
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel="role", ylabel="layer", title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     for (row, column), cell in numpy.ndenumerate(grid):
         if math.isfinite(cell):
             ink = _ink(shades.to_rgba(cell))
-            axes.text(column, row, _short(cell), ha="center", va="center", color=ink, fontsize=8)
+            written = _short(cell) if decimals is None else f"{cell:.{decimals}f}"
+            axes.text(column, row, written, ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(shades, ax=axes, label=value)
     return figure
 

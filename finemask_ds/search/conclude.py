@@ -12,7 +12,7 @@ from torch import Tensor
 from finemask_ds.engine.loop import evaluate
 from finemask_ds.engine.metrics import write_hyperparameters
 from finemask_ds.engine.world import World
-from finemask_ds.masks.files import save_mask
+from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained
 from finemask_ds.models.patch import attach, detach
@@ -47,6 +47,15 @@ def conclude(setting: Setting, outcome: Outcome) -> dict[str, Any]:
         "dev_dense": dev_losses(theta0, None, dev, setting.world, mlm=has_head),
         "dev_trained_head": None,
     }
+    if kept := setting.world.on_first(lambda: [(path.name, load_mask(path)) for path in setting.run.snapshots()]):
+        result["snapshots"] = [
+            {
+                "mask": f"masks/{name}", "steps": at.provenance["steps"], "seconds": at.provenance["seconds"],
+                "sparsity": at.sparsity(), "distance_from_omp": at.distance(omp_mask(theta0, setting.search)),
+                "dev": dev_losses(theta0, at, dev, setting.world, mlm=has_head),
+            }
+            for name, at in kept
+        ]  # fmt: skip
     if outcome.head is not None:
         theta0.load_head(outcome.head)
         result["dev_trained_head"] = dev_losses(theta0, mask, dev, setting.world, mlm=True)

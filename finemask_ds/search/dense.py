@@ -125,6 +125,13 @@ def _head_config(config: SearchConfig) -> HeadConfig:
     return HeadConfig(**{**shared, "run": "", "lr": config.new_head_lr, "steps": config.head_steps})
 
 
+def resolve_model(model: str, world: World, deepspeed: str = "") -> str:
+    """The hub name or folder of a model as typed; ``builtin`` is trained where it is missing, by all ranks."""
+    if model != "builtin":
+        return model
+    return str(builtin_model(PretrainConfig(deepspeed=deepspeed), world))
+
+
 def _fresh_builtin(config: PretrainConfig, language: Path) -> Pretrained:
     """The built-in model before training, with the language's own start for the position embeddings."""
     fresh = new_pretrained({"model_type": "bert", **builtin.MODEL}, language, dropout=config.dropout, seed=config.seed)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finemask_ds.engine.base import Engine
+from finemask_ds.masks.files import save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.provenance import code_state
 from finemask_ds.search.setting import Setting
@@ -53,3 +54,9 @@ def mask_provenance(setting: Setting, steps: int, sparsity: float) -> dict[str, 
         "finemask_ds": version("finemask_ds"),
         "code": code_state(Path(__file__).parents[1]),
     }
+
+
+def save_snapshot(setting: Setting, mask: Mask, step: int, seconds: float) -> None:
+    """Write the mask along the search after ``step``, from the first rank (TAMT Sections 4.2.2 and 4.2.3)."""
+    told = {**mask_provenance(setting, step, setting.search.sparsity), "seconds": seconds}
+    setting.world.on_first(lambda: save_mask(setting.run.snapshot(step), mask.with_provenance(told)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from finemask_ds.config import VOLATILE, SearchConfig, TrainingConfig
+from finemask_ds.config import SearchConfig, TrainingConfig
 from finemask_ds.data.collate import DevBatches, MaskingTokens, TrainBatches
 from finemask_ds.data.corpus import Corpus, load_blocks
 from finemask_ds.engine.base import Batching, Engine, Group
-from finemask_ds.engine.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from finemask_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from finemask_ds.engine.guard import check_agreement
 from finemask_ds.engine.local import LocalEngine
 from finemask_ds.engine.loop import Hook, Span, evaluate, every, is_due, train
-from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
-from finemask_ds.engine.progress import Console
+from finemask_ds.engine.memory import peak_memory_gib
+from finemask_ds.engine.metrics import Recorder
+from finemask_ds.engine.record import run_recorder
 from finemask_ds.engine.world import World
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import head_parameters
@@ -88,18 +86,8 @@ class Setting:
         return list(batches)
 
     def recorder(self, total_steps: int) -> Recorder:
-        """Metrics to the run's JSONL and TensorBoard files and to the console, from the first rank.
-
-        What a killed run logged after its last checkpoint is dropped.
-        """
-        start_step = newest_step(self.run.checkpoints)
-        destinations: list[Destination] = []
-        lines = Jsonl(self.run.metrics)
-        self.world.on_first(lambda: lines.rewind(start_step))
-        if self.world.is_first:
-            board = TensorBoardWriter(self.run.tensorboard, purge_step=start_step + 1)
-            destinations = [lines, board, Console(total_steps=total_steps, start_step=start_step)]
-        return Recorder(destinations, reduce=lambda vector: self.world.sum(vector.to(self.world.device)))
+        """Where the search's metrics go."""
+        return run_recorder(self.run, self.world, total_steps)
 
 
 @dataclass
@@ -139,7 +127,7 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
 
 def open_run(folder: Path | None, config: TrainingConfig, facts: Mapping[str, Any]) -> Run:
     """The run directory of a configuration, with the provenance of this start; call it on the first rank."""
-    run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=VOLATILE)
+    run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=config.volatile)
     run.write_provenance(facts)
     print(f"run directory {run.folder}", flush=True)
     return run
@@ -266,11 +254,3 @@ class Trainer:
     def _log(self, step: int) -> None:
         self.recorder.record_last("memory/peak_gib", peak_memory_gib(self.engine.world.device))
         self.recorder.flush(step)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has used so far in GiB: of the accelerator, or resident where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

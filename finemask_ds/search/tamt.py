@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finemask_ds.config import TamtConfig
 from finemask_ds.engine.base import Group
-from finemask_ds.engine.loop import Span
+from finemask_ds.engine.loop import Span, every
 from finemask_ds.masks.initialise import binary, ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained
@@ -25,7 +25,7 @@ from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.outcome import Outcome, trained_head
+from finemask_ds.search.outcome import Outcome, save_snapshot, trained_head
 from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
@@ -47,10 +47,14 @@ def find_mask(setting: Setting) -> Outcome:
         if state["step"]:
             masks.thresholds = state["thresholds"]
             masks.after_step(state["step"])
+
+        def keep(step: int) -> None:
+            save_snapshot(setting, Mask(read_mask(theta0.model)), step, trainer.stopwatch.seconds)
+
         watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
         trainer.run(
             Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
-            after_step=[masks.after_step],
+            after_step=[masks.after_step, every(config.keep_every, keep)],
             watch=[lambda step: masks.show(watch, recorder)],
             state=lambda: {"thresholds": masks.thresholds},
         )

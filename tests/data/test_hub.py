@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+from tests.data.hub_for_tests import PREPARE, REVISION, cache_folder, run, serving
+
 SPLITS = ("train", "validation", "test")
 CONFIGS = ("wikitext-103-raw-v1", "wikitext-2-raw-v1")
 CARD = "\n".join(
@@ -54,20 +50,6 @@ for data in sys.argv[1:]:
 print(json.dumps({"answers": answers, "opened": [o for o in opened if "parquet" in o or "arrow" in o]}))
 """
 
-# What users do on a machine with a network.
-PREPARE = """
-import sys
-from datasets import load_dataset
-
-load_dataset(*sys.argv[1:])
-"""
-
-
-def run(script: str, *arguments: str, home: Path, **environment: str) -> str:
-    environment = {**os.environ, "HF_HOME": str(home), **environment}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
 
 def ask(*data: str, home: Path, endpoint: str = "") -> tuple[list[dict], list[str]]:
     where = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
@@ -88,10 +70,7 @@ def write_repository(folder: Path, card: str = CARD) -> Path:
 
 def cached_repository(home: Path, card: str = CARD) -> Path:
     """The layout in which the hub's client caches a data set."""
-    repository = home / "hub" / "datasets--Salesforce--wikitext"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(REVISION)
-    return write_repository(repository / "snapshots" / REVISION, card)
+    return write_repository(cache_folder(home, "Salesforce/wikitext"), card)
 
 
 def expected(config: str) -> dict:
@@ -100,55 +79,10 @@ def expected(config: str) -> dict:
     return {"name": f"Salesforce/wikitext:{config}", "revision": REVISION, **texts}
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as reading takes, over the repository in the server's `folder`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        folder, asked = self.server.folder, self.server.asked  # type: ignore[attr-defined]
-        path = self.path.split("?")[0].removeprefix("/api").removeprefix("/datasets/Salesforce/wikitext")
-        asked.append(path)
-        code, body, headers = 404, b"", {"X-Error-Code": "RepoNotFound"}
-        if path == "" or path.startswith("/revision/"):
-            files = [{"rfilename": p.relative_to(folder).as_posix()} for p in folder.rglob("*") if p.is_file()]
-            info = {"id": "Salesforce/wikitext", "sha": REVISION, "private": False, "siblings": files}
-            code, body, headers = 200, json.dumps(info).encode(), {"Content-Type": "application/json"}
-        elif path.startswith("/tree/"):
-            below = sorted(folder.joinpath(*path.split("/")[3:]).glob("*"))
-            listing = [
-                {"type": "file" if p.is_file() else "directory", "path": p.relative_to(folder).as_posix(),
-                 "oid": "0" * 40, "size": 1}
-                for p in below
-            ]  # fmt: skip
-            code, body, headers = 200 if below else 404, json.dumps(listing).encode(), {}
-        elif path.startswith("/resolve/"):
-            file = folder.joinpath(*path.split("/")[3:])
-            headers = {"X-Repo-Commit": REVISION, "X-Error-Code": "EntryNotFound"}
-            if file.is_file():
-                code, body = 200, file.read_bytes()
-                headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
-        self.send_response(code)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET  # noqa: N815
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.asked = write_repository(tmp_path / "repository"), []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving({"Salesforce/wikitext": write_repository(tmp_path / "repository")}) as server:
+        yield server
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
-"""Every knob of a search, with its unit and its source; frozen and strict.
+"""Every knob of a search, with its unit and its source.
 
 TAMT is Liu et al. 2022 (tables and equations below are theirs); BERT-Tickets is Chen et al. 2020.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
+from finemask_ds.config.knobs import Config, knob
 from finemask_ds.errors import UserError
 
 TABLE_2_STEPS = {
@@ -30,21 +28,9 @@ PAPER_INTERVAL_STEPS = 2_792
 PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
 """Steps over which the authors' learning rates fall to zero: two epochs, whatever step the mask is taken at."""
 
-VOLATILE = frozenset({
-    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "eval_every",
-    "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
-})  # fmt: skip
-"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
-
-
-def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its own documentation to ``--help``."""
-    metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(ABC):
+class TrainingConfig(Config):
     """What every stage shares: model, text, batches, evaluation, run directory."""
 
     model: str = knob("bert-base-uncased", "hub name, folder, or 'builtin'", source="TAMT 4.1.1")
@@ -80,41 +66,10 @@ class TrainingConfig(ABC):
     agree_every: int = knob(500, "the ranks compare hashes of their masks every so often; 0: never", unit="steps")
 
     def __post_init__(self) -> None:
-        """Check each number by itself and refuse impossible ones.
-
-        Raises:
-            UserError: naming the option, its value and what it may be.
-        """
-        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec"}
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"--{field.name} {value!r} is unknown; type one of {', '.join(choices)}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                if field.name in positive and value < 1:
-                    raise UserError(f"--{field.name} {value} must be at least 1")
-                if value != value or value < 0:
-                    raise UserError(f"--{field.name} {value} must not be negative")
+        """Check the numbers; see the base class."""
+        super().__post_init__()
         if self.dropout >= 1:
             raise UserError(f"--dropout {self.dropout} must be below 1")
-
-    @property
-    @abstractmethod
-    def method(self) -> str:
-        """The method's readable name, e.g. ``tamt-mlm``; part of the run's identity."""
-
-    def identity(self) -> dict[str, Any]:
-        """All knobs as JSON values."""
-        return dataclasses.asdict(self)
-
-    def result_identity(self) -> dict[str, Any]:
-        """The knobs that a result depends on, as JSON values."""
-        return {key: value for key, value in self.identity().items() if key not in VOLATILE}
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The defaults of all knobs as JSON values."""
-        return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +89,12 @@ class SearchConfig(TrainingConfig):
     head_lr: float = knob(5e-5, "peak learning rate of the MLM head (transform and bias)", source="TAMT Table 1")
     head_steps: int = knob(0, "for a model without an MLM head: train one on the frozen encoder first", unit="steps")
     new_head_lr: float = knob(1e-3, "peak learning rate of --head_steps")
+    dispatch: str = knob("no", "fine-tune the mask downstream when it is found: 'local' on this machine's GPUs or cores",
+                         choices=("no", "local"))  # fmt: skip
+    tasks: tuple[str, ...] = knob((), "tasks of --dispatch; default the paper's seven, or all built-in ones with "
+                                  "--model builtin", source="TAMT 4.1.2")  # fmt: skip
+    task_data: str = knob("", "GLUE root of --dispatch; empty: the hub, for built-in tasks 'builtin'")
+    finetune_seeds: tuple[int, ...] = knob((1, 2, 3), "fine-tuning seeds of --dispatch", source="TAMT 4.1.3")
 
     def __post_init__(self) -> None:
         """Check the numbers; see the base class."""
@@ -160,6 +121,8 @@ class TamtConfig(SearchConfig):
     threshold_every: int = knob(
         1, "exact selection every so often, a fixed threshold between; the authors: 1000", unit="steps"
     )
+    keep_every: int = knob(0, "the mask along the search is kept and scored every so often (masks/step-N); 0: never",
+                           unit="steps", source="TAMT 4.2.3")  # fmt: skip
     mask_lr: float | None = knob(None, "peak learning rate of the scores; default 5e-5 for mlm and mlm+kd, 2e-5 for kd "
                                  "(only its ratio to phi matters: scores, phi and rate times c give the same masks, "
                                  "which is why Bernoulli supermasks with scores near 1 use rates such as 2e-1)",

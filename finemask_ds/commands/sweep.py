@@ -1,0 +1,81 @@
+"""`finemask status` and `finemask worker`: a plan of cells as a person looks at it and as a process works on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finemask_ds.cli import Commands
+    from finemask_ds.dispatch.estimate import MeasureCell
+    from finemask_ds.dispatch.worker import RunCell
+
+
+def add_status(commands: Commands) -> None:
+    """`finemask status ROOT`."""
+    status = commands.add_parser("status", help="how the cells of a plan stand: done, running, failed and why")
+    status.add_argument("root", type=Path, metavar="ROOT", help="folder of a plan, such as runs/sweep")
+    status.add_argument("--once", action="store_true", help="print the table once, also on a terminal")
+    status.set_defaults(handler=_status)
+
+
+def add_worker(commands: Commands) -> None:
+    """`finemask worker ROOT`, which executors start."""
+    worker = commands.add_parser("worker", help="run free cells of a plan, one after the other (dispatch starts these)")
+    add_worker_arguments(worker)
+    worker.set_defaults(handler=lambda arguments: run_worker(arguments, _run_cell, _measure_cell))
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every worker's command line understands."""
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder of a plan, such as runs/sweep")
+    parser.add_argument("--cell", nargs="+", default=[], metavar="ID", help="run only these cells")
+    parser.add_argument("--cores", type=_cores, default=(), metavar="0,1", help="stay on these cores, a thread on each")
+    parser.add_argument("--parent", type=int, default=0, metavar="PID", help="end when this parent process is gone")
+    parser.add_argument("--log", default="", metavar="FILE", help="where this process prints to, for the record")
+    parser.add_argument("--measure", action="store_true", help="run no cell, measure what the cells will cost")
+
+
+def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: MeasureCell) -> None:
+    """Pin this process, then work on the plan.
+
+    Raises:
+        UserError: where there is no plan, or its folder cannot be written.
+    """
+    from finemask_ds.dispatch.estimate import measure
+    from finemask_ds.dispatch.worker import end_with, work
+
+    if arguments.cores:  # before torch is imported, which counts its threads once
+        os.sched_setaffinity(0, arguments.cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(arguments.cores))
+    if arguments.parent:
+        end_with(arguments.parent)
+    if arguments.measure:
+        measure(arguments.root, measure_cell)
+    else:
+        work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log)
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    return tuple(int(core) for core in text.split(","))
+
+
+def _run_cell(options: Mapping[str, Any], folder: Path) -> None:
+    from finemask_ds.finetune.cell import run_cell
+
+    run_cell(options, folder)
+
+
+def _measure_cell(options: Mapping[str, Any]) -> float:
+    from finemask_ds.finetune.cell import measure_cell
+
+    return measure_cell(options)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from finemask_ds.dispatch.status import show_status
+
+    show_status(arguments.root, once=arguments.once)

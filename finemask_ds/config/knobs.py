@@ -1,0 +1,65 @@
+"""What every configuration is: frozen, strict fields that carry their own documentation to ``--help``."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from finemask_ds.errors import UserError
+
+VOLATILE = frozenset({
+    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "keep_every", "eval_every",
+    "save_every", "agree_every", "micro_batch_size", "eval_batch_size", "save_model", "predict",
+    "dispatch", "tasks", "task_data", "finetune_seeds",
+})  # fmt: skip
+"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
+
+
+def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries its own documentation to ``--help``."""
+    metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ABC):
+    """A command's knobs."""
+
+    volatile: ClassVar[frozenset[str]] = VOLATILE
+
+    def __post_init__(self) -> None:
+        """Check each number by itself and refuse impossible ones.
+
+        Raises:
+            UserError: naming the option, its value and what it may be.
+        """
+        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec"}
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"--{field.name} {value!r} is unknown; type one of {', '.join(choices)}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if field.name in positive and value < 1:
+                    raise UserError(f"--{field.name} {value} must be at least 1")
+                if value != value or value < 0:
+                    raise UserError(f"--{field.name} {value} must not be negative")
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """The method's readable name, e.g. ``tamt-mlm``; part of the run's identity."""
+
+    def identity(self) -> dict[str, Any]:
+        """All knobs as JSON values."""
+        return dataclasses.asdict(self)
+
+    def result_identity(self) -> dict[str, Any]:
+        """The knobs that a result depends on, as JSON values."""
+        return {key: value for key, value in self.identity().items() if key not in self.volatile}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The defaults of all knobs as JSON values."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}

@@ -1,0 +1,132 @@
+"""Running a plan: one loop for all executors, which only start workers, look after them and end them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from finemask_ds.dispatch.estimate import duration, seconds_left, unmeasured
+from finemask_ds.dispatch.plan import Plan
+from finemask_ds.dispatch.progress import Progress
+from finemask_ds.dispatch.signals import Interruption
+from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.errors import UserError
+
+STARTS_PER_SLOT = 5
+"""So many workers may be started for a slot without a cell being finished or failing."""
+
+
+class Executor(ABC):
+    """Where workers run. Which cells are done is never its business: the files say that."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many workers run at a time."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Where they run, for the reader: ``2 cores of this machine``."""
+
+    @abstractmethod
+    def start(self, plan: Plan, waiting: Sequence[str]) -> int:
+        """Start workers in free slots, no more than there are waiting cells (ids in order); how many."""
+
+    @abstractmethod
+    def poll(self, plan: Plan) -> int:
+        """How many workers live; ends the attempts of those that died."""
+
+    @abstractmethod
+    def stop(self, plan: Plan) -> None:
+        """End all workers within seconds, tidily if they can; what they ran counts as interrupted."""
+
+    @abstractmethod
+    def advice(self, plan: Plan) -> str:
+        """Where to look when workers end before they do anything."""
+
+    def measure(self, plan: Plan, is_over: Callable[[], bool]) -> None:
+        """Have `estimate.measure` run where workers would; not at all, unless an executor knows how.
+
+        Raises:
+            UserError: where a cell cannot even begin.
+        """
+        return
+
+
+def dispatch(
+    plan: Plan, executor: Executor, *, again: str | None = None, measure: bool = True, poll_sec: float = 0.5
+) -> Survey:
+    """Run what is missing or failed until nothing is left; print a line for each cell that ends.
+
+    Failed cells get as many new attempts as a new one. Ctrl-C or SIGTERM ends the workers and the process (exit
+    code 130 or 143); a call with the same plan goes on.
+
+    Args:
+        plan: as `Plan.write` made it.
+        executor: where to run.
+        again: the command that goes on, for the reader; None for this process's own.
+        measure: estimate the cost before anything runs.
+        poll_sec: between two looks at the files.
+
+    Returns:
+        How the cells stand in the end: done or failed.
+
+    Raises:
+        UserError: where a cell cannot even begin, workers end at once, or the disk is full.
+    """
+    seen = survey(plan)
+    for _, standing in seen.cells(State.FAILED):
+        for attempt, _ in standing.failures:
+            attempt.excuse()
+    seen = survey(plan, seen)
+    with Interruption().watching() as interruption, Progress(executor.slots) as progress:
+        progress.begin(seen, executor.place)
+        try:
+            if measure and unmeasured(plan, seen):
+                executor.measure(plan, lambda: interruption.asked)
+            if not interruption.asked and seen.count(State.DONE) < len(plan.cells):
+                progress.say(_cost(seen, executor))
+                seen = _until_done(seen, executor, interruption, progress, poll_sec)
+        finally:
+            executor.stop(plan)
+        seen = survey(plan, seen)
+        progress.end(seen)
+    if interruption.asked:
+        command = shlex.join([sys.executable, *sys.orig_argv[1:]]) if again is None else again
+        done = f"{seen.count(State.DONE)} of {len(plan.cells)} cells are done"
+        print(f"finemask: interrupted, {done}; the same command goes on: {command}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + interruption.signal)
+    return seen
+
+
+def _until_done(
+    seen: Survey, executor: Executor, interruption: Interruption, progress: Progress, poll_sec: float
+) -> Survey:
+    started, ended = 0, -1
+    while not interruption.asked:
+        alive = executor.poll(seen.plan)
+        seen = survey(seen.plan, seen)
+        progress.update(seen)
+        now_ended = seen.count(State.DONE) + sum(len(one.failures) for one in seen.standings.values())
+        if now_ended != ended:
+            started, ended = 0, now_ended
+        waiting = [cell.id for cell, _ in seen.cells(State.WAITING)]
+        if not waiting and not seen.count(State.RUNNING):
+            break
+        if waiting and alive < executor.slots:
+            if started >= STARTS_PER_SLOT * executor.slots:
+                raise UserError(f"{started} workers ended before any cell did; {executor.advice(seen.plan)}")
+            started += executor.start(seen.plan, waiting)
+        time.sleep(poll_sec)
+    return seen
+
+
+def _cost(seen: Survey, executor: Executor) -> str:
+    left = seconds_left(seen)
+    if left is None:
+        return "cost: unknown until the first cell is done"
+    return f"cost: about {duration(left)} of one worker, {duration(left / executor.slots)} on {executor.place}"

@@ -1,0 +1,222 @@
+"""Workers on this machine: one for each GPU, or for each core where there is none, pinned."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finemask_ds.dispatch.attempt import end_attempts
+from finemask_ds.dispatch.executor import Executor
+from finemask_ds.dispatch.plan import Plan
+from finemask_ds.dispatch.worker import GRACE_SEC
+from finemask_ds.errors import UserError
+
+MEASURE_SEC = 900.0
+"""An estimate is not worth more."""
+_LAUNCHERS = re.compile(
+    r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|MASTER_ADDR|MASTER_PORT)$"
+    r"|CROSS_|OMPI_|PMI|MV2_|ROLE_|GROUP_WORLD_|TORCHELASTIC_|ACCELERATE_|DEEPSPEED_"
+)
+"""Environment variables from which a worker would believe that it is one of several ranks."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one worker."""
+
+    cores: tuple[int, ...]
+    gpu: str = ""
+    """As in CUDA_VISIBLE_DEVICES; "" for none."""
+
+
+class LocalExecutor(Executor):
+    """Runs workers as processes of this machine, each in a session of its own: a Ctrl-C reaches them only tidily."""
+
+    def __init__(self, slots: int = 0, command: Sequence[str] | None = None, grace_sec: float = GRACE_SEC) -> None:
+        """Lay out the slots.
+
+        Args:
+            slots: how many workers at a time; 0: a worker for each GPU, else for each core.
+            command: of a worker, before its arguments (`commands.sweep`); None for ``finemask worker``.
+            grace_sec: from SIGTERM to SIGKILL.
+        """
+        self._slots = layout(slots, usable_cores(), visible_gpus(os.environ))
+        self._command = tuple(command or (sys.executable, "-m", "finemask_ds", "worker"))
+        self._grace_sec = grace_sec
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
+        self._last_end = ""
+
+    @property
+    def slots(self) -> int:
+        """See the base class."""
+        return len(self._slots)
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        what = "GPU" if self._slots[0].gpu else "worker"
+        each = len(self._slots[0].cores)
+        return f"{self.slots} {what}{'s' * (self.slots > 1)} of this machine, {each} core{'s' * (each > 1)} each"
+
+    def start(self, plan: Plan, waiting: Sequence[str]) -> int:
+        """See the base class."""
+        free = [number for number in range(self.slots) if number not in self._workers][: len(waiting)]
+        for number in free:
+            self._workers[number] = self._spawn(plan, number, self._log(plan, number))
+        return len(free)
+
+    def poll(self, plan: Plan) -> int:
+        """See the base class."""
+        for number, worker in list(self._workers.items()):
+            if _has_ended(worker):
+                code = _reap(worker)
+                del self._workers[number]
+                self._last_end = f"the last {_how(code)}, see {self._log(plan, number)}"
+                end_attempts(_folders(plan), worker.pid, f"the worker {_how(code)}")
+        return len(self._workers)
+
+    def stop(self, plan: Plan) -> None:
+        """See the base class."""
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.terminate()
+        deadline = time.monotonic() + self._grace_sec
+        while not all(map(_has_ended, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for worker in workers:
+            _reap(worker)
+        self._workers.clear()
+        for worker in workers:
+            end_attempts(_folders(plan), worker.pid)
+
+    def advice(self, plan: Plan) -> str:
+        """See the base class."""
+        return self._last_end or f"see {plan.logs}"
+
+    def measure(self, plan: Plan, is_over: Callable[[], bool]) -> None:
+        """See the base class."""
+        log = plan.logs / "measure.log"
+        log.unlink(missing_ok=True)
+        worker = self._spawn(plan, 0, log, "--measure")
+        deadline = time.monotonic() + MEASURE_SEC
+        try:
+            while not _has_ended(worker) and not is_over() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:
+            code = _reap(worker)
+        if code == 2 and not is_over():  # a sentence about bad input, which all cells of the kind would meet
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            told = [line for line in lines if line.startswith("finemask: ")]
+            raise UserError(told[-1].removeprefix("finemask: ") if told else f"a cell cannot begin, see {log}")
+
+    def _log(self, plan: Plan, number: int) -> Path:
+        return plan.logs / f"slot-{number}.log"
+
+    def _spawn(self, plan: Plan, number: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
+        slot = self._slots[number]
+        cores = ",".join(map(str, slot.cores))
+        arguments = [str(plan.root), "--cores", cores, "--parent", str(os.getpid()), "--log", str(log), *options]
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(log, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {log} ({error.strerror}): name a folder you may write") from error
+        with stream:
+            return subprocess.Popen(
+                [*self._command, *arguments], stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+                env=environment(os.environ, slot), start_new_session=True,
+            )  # fmt: skip
+
+
+def layout(slots: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
+    """Share out cores and GPUs.
+
+    Args:
+        slots: how many; 0: one for each GPU, else for each core.
+        cores: numbers of the cores this process may use.
+        gpus: as in CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        UserError: for a negative number.
+    """
+    if slots < 0:
+        raise UserError(f"--slots {slots} must not be negative; 0 is one for each GPU, or for each core")
+    number = slots or len(gpus) or len(cores)
+    share = max(1, len(cores) // number)
+    return [
+        Slot(
+            tuple(cores[(slot * share + core) % len(cores)] for core in range(share)),
+            gpus[slot % len(gpus)] if gpus else "",
+        )
+        for slot in range(number)
+    ]
+
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Numbers of the cores this process may use, no more than a container's quota of processor time fills."""
+    cores = sorted(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no quota
+            quota, period = (int(word) for name in files for word in (cgroups / name).read_text().split())
+            if quota > 0:
+                return cores[: max(1, math.ceil(quota / period))]
+    return cores
+
+
+def visible_gpus(variables: Mapping[str, str]) -> list[str]:
+    """The GPUs that a process with these environment variables may use, asked without torch."""
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^GPU (\d+):", answer.stdout, re.M)
+    if not found or (asked := variables.get("CUDA_VISIBLE_DEVICES")) is None:
+        return found
+    return [gpu for gpu in (one.strip() for one in asked.split(",")) if gpu and gpu != "-1"]
+
+
+def environment(variables: Mapping[str, str], slot: Slot) -> dict[str, str]:
+    """A worker's environment: this one without what a launcher of ranks has put there, and the slot's device."""
+    kept = {name: value for name, value in variables.items() if not _LAUNCHERS.match(name)}
+    kept |= {"OMP_NUM_THREADS": str(len(slot.cores)), "PYTHONUNBUFFERED": "1"}
+    kept.setdefault("TOKENIZERS_PARALLELISM", "false" if len(slot.cores) == 1 else "true")
+    if slot.gpu:
+        kept["CUDA_VISIBLE_DEVICES"] = slot.gpu
+    return kept
+
+
+def _folders(plan: Plan) -> list[Path]:
+    return [plan.folder(cell) for cell in plan.cells]
+
+
+def _has_ended(worker: subprocess.Popen[bytes]) -> bool:
+    """Whether it has, without asking for its exit code: until then its pid, and its group's, belong to nobody else."""
+    return (
+        worker.returncode is not None
+        or os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    )
+
+
+def _reap(worker: subprocess.Popen[bytes]) -> int:
+    """End what is left of a worker and its children; its exit code."""
+    if worker.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
+    return worker.wait()
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
+    hint = ": out of memory, or somebody killed it" if -code == signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({name}{hint})"

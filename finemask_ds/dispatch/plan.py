@@ -1,0 +1,234 @@
+"""A sweep as a plan: cells whose ids follow from their contents, in one file of one folder.
+
+ROOT/plan.json                         the cells, how often a failed one is tried again
+ROOT/cells/ID/result.json              the first whole result of a cell
+ROOT/cells/ID/attempt-1/ ...           one folder for each attempt (`dispatch.attempt`)
+ROOT/logs/                             what the workers print
+ROOT/estimate.json                     measured costs (`dispatch.estimate`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from finemask_ds.config import FinetuneConfig
+from finemask_ds.data.tasks import task_named
+from finemask_ds.errors import UserError
+from finemask_ds.lock import STALE_SEC, Lock
+from finemask_ds.run import content_hash, read_json, write_json
+
+PLAN_VERSION = 1
+RETRIES = 2
+_MASK = "mask.safetensors"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning: (backbone, mask or none, task, data fraction, seed)."""
+
+    id: str
+    """A readable start and 8 hex of a hash of what the result depends on; the mask counts by its file's bytes."""
+    options: Mapping[str, Any]
+    """Options of launcher/finetune.py that differ from their defaults, as JSON values; always ``task`` and ``seed``."""
+    method: str = "full"
+    """As in the mask's provenance; ``full`` without a mask."""
+    mask_sha256: str | None = None
+    """Of the mask's file when the cell was planned."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], described: tuple[str, str] | None = None) -> Cell:
+        """The cell of some options; those at their defaults and those that change no result count nothing.
+
+        Args:
+            options: of launcher/finetune.py.
+            described: `describe_mask` of the mask, where it is known.
+
+        Raises:
+            UserError: for an unknown task or option, a value that cannot be, a mask that is missing or no mask file.
+        """
+        options = {**options, "task": task_named(str(options.get("task", ""))).name}
+        defaults = FinetuneConfig.defaults()
+        if unknown := sorted(options.keys() - defaults.keys()):
+            raise UserError(f"--{unknown[0]} is no option of a fine-tuning; valid are {' '.join(sorted(defaults))}")
+        FinetuneConfig(**options)
+        named = {"task", "seed"}
+        options = {"seed": defaults["seed"], **options}
+        options = {key: value for key, value in options.items() if key in named or value != defaults[key]}
+        method, sha256 = "full", None
+        if options.get("mask"):
+            options["mask"] = str(mask_file(options["mask"]))
+            method, sha256 = described or describe_mask(options["mask"])
+        content = {key: value for key, value in options.items() if key not in FinetuneConfig.volatile}
+        if sha256:
+            content["mask"] = sha256
+        start = re.sub(r"[^\w.+-]+", "-", f"{options['task']}-{method}-seed{options['seed']}")
+        digest = content_hash(json.dumps(content, sort_keys=True))[:8]
+        return cls(f"{start}-{digest}", options, method, sha256)
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.options["task"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells under one folder."""
+
+    root: Path
+    cells: tuple[Cell, ...]
+    retries: int = RETRIES
+    """A failed cell is tried again so often."""
+    stale_sec: float = STALE_SEC
+    """An attempt that is silent for so long is given up."""
+
+    @classmethod
+    def write(cls, root: Path, cells: Iterable[Cell], *, retries: int = RETRIES, stale_sec: float = STALE_SEC) -> Plan:
+        """Make the plan, or extend the one that is there; nothing else under the folder is touched.
+
+        Cells that were asked for before stay (delete plan.json to drop them: results on disk are found again).
+        A cell asked for again takes its new options, so that files may move.
+
+        Raises:
+            UserError: where the folder cannot be written or the plan there is broken.
+        """
+        if retries < 0:
+            raise UserError(f"--retries {retries} must not be negative")
+        root = Path(root)
+        with Lock(root / "plan.lock").held():
+            before = cls.read(root).cells if (root / "plan.json").exists() else ()
+            merged = {cell.id: cell for cell in (*before, *cells)}
+            plan = cls(root, tuple(merged.values()), retries, stale_sec)
+            listed = [
+                {"id": cell.id, "method": cell.method, "mask_sha256": cell.mask_sha256, "options": dict(cell.options)}
+                for cell in plan.cells
+            ]
+            head = {"plan_version": PLAN_VERSION, "retries": retries, "stale_sec": stale_sec}
+            write_json(root / "plan.json", {**head, "cells": listed})
+        return plan
+
+    @classmethod
+    def read(cls, root: Path) -> Plan:
+        """The plan of a folder.
+
+        Raises:
+            UserError: where there is none, or it is broken or of another version.
+        """
+        root = Path(root)
+        path = root / "plan.json"
+        try:
+            value = read_json(path)
+            if value["plan_version"] != PLAN_VERSION:
+                raise UserError(f"{path} is of version {value['plan_version']}, this program reads {PLAN_VERSION}: "
+                                "install the version of finemask_ds that wrote it")  # fmt: skip
+            cells = tuple(
+                Cell(_folder_name(one["id"]), _with_task(one["options"]), str(one["method"]), one["mask_sha256"])
+                for one in value["cells"]
+            )
+            return cls(root, cells, int(value["retries"]), float(value["stale_sec"]))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"{root} holds no plan.json: type the folder of a plan, such as runs/sweep") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): type the folder of a plan") from error
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no plan ({type(error).__name__}: {error}): restore it, or delete it and dispatch again"
+            ) from error
+
+    def folder(self, cell: Cell) -> Path:
+        """Where the cell's result and attempts are."""
+        return self.root / "cells" / cell.id
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the workers' logs."""
+        return self.root / "logs"
+
+
+def sweep(
+    masks: Sequence[str | os.PathLike[str]],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    num_samples: Sequence[int] = (0,),
+    *,
+    with_full: bool = True,
+    **shared: Any,
+) -> list[Cell]:
+    """Masks x tasks x seeds x fractions, and the full model; each cell once.
+
+    The first seed of everything comes first, so that a sweep that is cut short compares all methods already.
+
+    Args:
+        masks: mask files, or run directories of searches.
+        tasks: names of `data.tasks.TASKS`.
+        seeds: of fine-tuning.
+        num_samples: training rows to use; 0: all.
+        with_full: whether the full model is fine-tuned too.
+        shared: further options of launcher/finetune.py, the same for all cells.
+
+    Raises:
+        UserError: as `Cell.of`.
+    """
+    described = {str(mask_file(mask)): describe_mask(mask_file(mask)) for mask in masks}
+    candidates = [*([""] if with_full else []), *described]
+    cells = [
+        Cell.of({**shared, "task": task, "mask": mask, "seed": seed, "num_samples": number}, described.get(mask))
+        for seed in seeds
+        for number in num_samples
+        for task in tasks
+        for mask in candidates
+    ]
+    return list({cell.id: cell for cell in cells}.values())
+
+
+def mask_file(path: str | os.PathLike[str]) -> Path:
+    """The mask file that a path names: itself, or the mask of a search's run directory."""
+    return Path(path) / _MASK if Path(path).is_dir() else Path(path)
+
+
+def describe_mask(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A mask file's method and the sha256 of its bytes; its bits are verified where they are used.
+
+    Raises:
+        UserError: where it is missing or no mask file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            found = stream.metadata() or {}
+        method = json.loads(found["provenance"]).get("method") if found.get("format") == "finemask" else None
+    except FileNotFoundError as error:
+        raise UserError(f"there is no mask file {path}: type the path of one, such as RUN/{_MASK}") from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
+        found = {}
+    if found.get("format") != "finemask":
+        raise UserError(f"{path} is no mask file: type the path of a file such as RUN/{_MASK}")
+    return str(method or "imported"), sha256_of(path)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{name!r} is no id of a cell")
+    return name
+
+
+def _with_task(options: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(options["task"], str):
+        raise ValueError(f"{options['task']!r} is no task")
+    return dict(options)

@@ -1,0 +1,117 @@
+"""A worker: takes the next free cell of a plan, runs it, takes the next, so that imports are paid once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.dispatch.attempt import Claim, claim, whole_result
+from finemask_ds.dispatch.plan import Cell, Plan, sha256_of
+from finemask_ds.dispatch.signals import Interrupted, Interruption
+from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.errors import UserError
+
+RunCell = Callable[[Mapping[str, Any], Path], None]
+"""Runs the cell of some options in an attempt's folder and leaves result.json there."""
+GRACE_SEC = 10.0
+"""From SIGTERM until a worker that does not end is killed."""
+
+
+def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str = "") -> int:
+    """Run cell after cell until none is free: each is done, failed for good or alive elsewhere.
+
+    Cells that have failed come after those that have not. SIGTERM and Ctrl-C end the running cell without a
+    result and without a failure; another worker goes on with it. After an error of the program the worker
+    ends too, as such a process (of a GPU above all) may not be fit for another cell.
+
+    Args:
+        root: the plan's folder; read again before each cell, as the plan may have been extended.
+        run_cell: runs one cell.
+        cells: ids of the only cells to run; empty: all.
+        log: the file that this process prints to.
+
+    Returns:
+        How many results it has left.
+
+    Raises:
+        UserError: where there is no plan, or its folder cannot be written.
+    """
+    results, seen = 0, None
+    with Interruption().watching() as interruption:
+        while not interruption.asked:
+            seen = survey(Plan.read(root), seen)
+            taken = _next(seen, cells, log)
+            if taken is None:
+                break
+            fit, left = _run(seen.plan, *taken, run_cell, interruption)
+            results += left
+            if not fit:
+                break
+    return results
+
+
+def _next(seen: Survey, only: Collection[str], log: str) -> tuple[Cell, Claim] | None:
+    free = [pair for pair in seen.cells(State.WAITING) if not only or pair[0].id in only]
+    for cell, standing in sorted(free, key=lambda pair: len(pair[1].failures)):
+        if claimed := claim(seen.plan.folder(cell), cell.task, standing.attempts, log):
+            return cell, claimed
+    return None
+
+
+def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption: Interruption) -> tuple[bool, int]:
+    """Whether this process is fit for another cell, and how many results it has left (0 or 1)."""
+    attempt, start, fit = claimed.attempt, time.monotonic(), True
+    with claimed.held(plan.stale_sec):
+        try:
+            print(f"{cell.id}: attempt {attempt.number} starts", flush=True)
+            claimed.take_over()
+            _check_mask(cell)
+            with interruption.raising():
+                run_cell(cell.options, attempt.folder)
+            if whole_result(attempt.run.result, cell.task) is None:
+                raise RuntimeError(f"{attempt.run.result} is missing or broken, though the cell has ended")
+        except Interrupted:
+            pass
+        except (Exception, SystemExit) as error:
+            fit = isinstance(error, UserError)
+            if not interruption.asked:  # else it may have failed because it was interrupted
+                sentence = str(error) if fit else f"{type(error).__name__}: {error}"
+                print(traceback.format_exc(), flush=True)
+                attempt.fail(sentence, traceback.format_exc(), time.monotonic() - start)
+        published = attempt.publish(cell.task)
+    state = "done" if published else "interrupted" if interruption.asked else "failed"
+    print(f"{cell.id}: {state} after {time.monotonic() - start:.1f} s", flush=True)
+    return fit, int(published)
+
+
+def _check_mask(cell: Cell) -> None:
+    mask = cell.options.get("mask")
+    if not mask or not cell.mask_sha256:
+        return
+    try:
+        found = sha256_of(mask)
+    except OSError as error:
+        raise UserError(f"cannot read the mask {mask} ({error.strerror}): put it back and dispatch again") from error
+    if found != cell.mask_sha256:
+        raise UserError(f"{mask} is another mask than when the plan was made: dispatch again, it is another cell now")
+
+
+def end_with(parent: int) -> None:
+    """From now on, end this process tidily once its parent is gone, and in any case a moment later."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SEC)
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

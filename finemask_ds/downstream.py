@@ -1,0 +1,110 @@
+"""From masks to scores: one fine-tuning, a sweep of them, and a search that ends in a sweep."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.config import FinetuneConfig, SearchConfig, SweepConfig
+from finemask_ds.data.tasks import BUILTIN_TASKS, PAPER_TASKS
+from finemask_ds.dispatch.executor import dispatch
+from finemask_ds.dispatch.local import LocalExecutor
+from finemask_ds.dispatch.plan import Plan
+from finemask_ds.dispatch.plan import sweep as sweep_of
+from finemask_ds.dispatch.survey import State
+from finemask_ds.engine.local import accelerated
+from finemask_ds.engine.world import this_process
+from finemask_ds.errors import UserError
+from finemask_ds.finetune.job import check_cells
+from finemask_ds.finetune.train import fine_tune
+from finemask_ds.report.write import write_report
+from finemask_ds.search.dense import resolve_model
+from finemask_ds.session import ranks_of, search, summary
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GONE_SEC = 60.0
+"""How long the other ranks of this host may take to end after a search."""
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune a subnetwork, or the full model, on a task, on the ranks that accelerate has started; its result."""
+    with accelerated() as world:
+        return fine_tune(config, world, model=resolve_model(config.model, world))
+
+
+def sweep(config: SweepConfig) -> str:
+    """Fine-tune every mask on every task with every seed, as far as that is not done; the table and its page.
+
+    Raises:
+        UserError: for bad input, before anything starts; where cells failed for good, at the end.
+    """
+    root = Path(config.run)
+    tasks = config.tasks or (BUILTIN_TASKS if config.model == "builtin" else PAPER_TASKS)
+    if not config.masks and config.full == "no":
+        raise UserError("there is nothing to fine-tune; type --masks with mask files or run directories of searches")
+    cells = sweep_of(
+        config.masks, tasks, config.seeds, config.num_samples, with_full=config.full == "yes", **config.shared_options()
+    )
+    check_cells(
+        tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
+    )
+    plan = Plan.write(root, cells, retries=config.retries)
+    seen = dispatch(plan, LocalExecutor(config.slots))
+    searches = [path for path in map(Path, config.masks) if path.is_dir()]
+    page, left_out = write_report([root, *searches], None)
+    if failed := seen.count(State.FAILED):
+        raise UserError(
+            f"{failed} of {len(plan.cells)} cells failed, see finemask status {root}; the same command tries them "
+            f"again (what is done is in {page})"
+        )
+    return "\n".join([(page.parent / "report.md").read_text(encoding="utf-8"), *left_out, f"page {page}"])
+
+
+def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
+    """Search; with ``--dispatch``, the first rank then becomes the dispatcher once all ranks are gone from the devices.
+
+    The first rank's process is replaced, not called from, so that nothing of the search stays on its device; its exit
+    code is the sweep's.
+    """
+    with ranks_of(config) as world:
+        result = search(config, world)
+        ranks = world.gather((socket.gethostname(), os.getpid()))
+    if config.dispatch != "no" and world.is_first:
+        print(summary(result), flush=True)
+        _wait_until_gone([pid for host, pid in ranks[1:] if host == socket.gethostname()])
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+        command = [
+            sys.executable,
+            str(Path(sys.argv[0]).with_name("dispatch.py")),
+            *sweep_options(config, result["run"]),
+        ]
+        os.execv(sys.executable, command)
+    return result
+
+
+def sweep_options(config: SearchConfig, run: str) -> list[str]:
+    """The options of launcher/dispatch.py for the mask that a search has left in ``run``."""
+    options = ["--masks", run, "--model", config.model, "--run", str(Path(run) / "downstream")]
+    options += ["--executor", config.dispatch, "--seeds", *map(str, config.finetune_seeds)]
+    options += ["--tasks", *config.tasks] if config.tasks else []
+    return options + (["--data", config.task_data] if config.task_data else [])
+
+
+def _wait_until_gone(pids: Sequence[int]) -> None:
+    deadline = time.monotonic() + GONE_SEC
+    while time.monotonic() < deadline and any(_lives(pid) for pid in pids):
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        # A zombie, whose launcher has not looked yet, holds no device.
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""Fine-tuning: (backbone, Mask or none, task, data fraction, seed) -> result.json."""

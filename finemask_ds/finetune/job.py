@@ -1,0 +1,190 @@
+"""What one fine-tuning starts from: everything is loaded and checked here, before anything is written or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.config import FinetuneConfig
+from finemask_ds.data.examples import check_data, has_split, load_split
+from finemask_ds.data.features import Features, TaskBatches, class_features
+from finemask_ds.data.tasks import Examples, Task, task_named
+from finemask_ds.data.windows import span_features
+from finemask_ds.engine.base import Batching
+from finemask_ds.engine.loop import Span
+from finemask_ds.engine.precision import check_mixed_precision
+from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
+from finemask_ds.finetune.evaluate import Split
+from finemask_ds.masks.files import load_mask
+from finemask_ds.masks.foreign import refuse_existing
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.downstream import SPAN, Downstream, load_downstream
+from finemask_ds.run import Run
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A mask as it was found."""
+
+    mask: Mask
+    path: Path
+    sha256: str
+    """Of the file's bytes."""
+
+    @classmethod
+    def read(cls, name: str) -> MaskFile:
+        """Read a mask file, or the mask of a run directory; UserError for anything that is none."""
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = Run(path).mask
+        return cls(load_mask(path), path, sha256(path.read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell, resolved to things: frozen; built by ``open_job``."""
+
+    config: FinetuneConfig
+    """With nothing left to the task's defaults."""
+    task: Task
+    downstream: Downstream
+    mask_file: MaskFile | None
+    mask: Mask | None
+    """The matrices of the mask that this task's model has."""
+    train: Examples
+    dev: Split
+    mismatched: Split | None
+    """MNLI's second dev set, where it is there."""
+    batches: TaskBatches
+    num_steps: int
+
+    @property
+    def span(self) -> Span:
+        """All steps with their schedule."""
+        return Span(1, self.num_steps, decay=self.num_steps, warmup=self.config.warmup_steps)
+
+    @property
+    def wants_best(self) -> bool:
+        """Whether the weights of the best evaluation are needed at the end, and not its scores alone."""
+        return bool(self.config.save_model or self.config.predict or self.mismatched)
+
+    def split(self, name: str) -> Split:
+        """Another split of the task, to be predicted."""
+        return _split(self.config, self.task, self.downstream, name)
+
+
+def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
+    """Load and check everything that a cell needs.
+
+    Args:
+        config: the knobs.
+        world: the ranks.
+        model: hub name or folder for ``config.model``.
+
+    Raises:
+        UserError: unknown task, missing or malformed data, a mask for another backbone, files that would be
+            overwritten; nothing has been written by then.
+    """
+    task = task_named(config.task)
+    check_outputs(config, task)
+    check_mixed_precision(config.mixed_precision, world.device)
+    check_data(task, config.data, ["train", "dev", *(predicted_splits(task) if config.predict else ())])
+    mask_file = MaskFile.read(config.mask) if config.mask else None
+    downstream = load_downstream(model, kind=task.kind, labels=task.labels, dropout=config.dropout, seed=config.seed)
+    mask = downstream.fitted(mask_file.mask, str(mask_file.path)) if mask_file else None
+    config = resolved(config, task)
+    assert config.seq_len
+    assert config.batch_size
+    assert config.epochs
+    if config.seq_len > downstream.max_positions:
+        raise UserError(
+            f"--seq_len {config.seq_len} is more than the {downstream.max_positions} positions of {config.model}; "
+            f"type at most --seq_len {downstream.max_positions}"
+        )
+    train = load_split(task, config.data, "train")
+    train = train.subset(config.num_samples, config.seed) if config.num_samples else train
+    batching = Batching.of(config.batch_size, config.micro_batch_size, world.size)
+    features = _features(config, task, downstream, train, training=True)
+    batches = TaskBatches(
+        features, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
+        micro_batch_size=batching.micro_batch_size,
+    )  # fmt: skip
+    mismatched = "dev_mismatched"
+    return Job(
+        config, task, downstream, mask_file, mask, train, _split(config, task, downstream, "dev"),
+        _split(config, task, downstream, mismatched) if has_split(task, config.data, mismatched) else None,
+        batches, config.steps or config.epochs * batches.steps_per_epoch,
+    )  # fmt: skip
+
+
+def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
+    """Check what the cells of a sweep will need: every task's files, every mask against the backbone.
+
+    Args:
+        tasks: names.
+        masks: mask files or run directories.
+        data: as ``--data`` of a fine-tuning.
+        model: as the user types it.
+        folder: hub name or folder to load it from.
+
+    Raises:
+        UserError: what would end the first cell that needs it.
+    """
+    for name in tasks:
+        check_data(task_named(name), data, ["train", "dev"])
+    if masks:
+        downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
+        for found in map(MaskFile.read, masks):
+            downstream.fitted(found.mask, str(found.path))
+
+
+def resolved(config: FinetuneConfig, task: Task) -> FinetuneConfig:
+    """The configuration with the task's own hyper-parameters where none are given."""
+    given: dict[str, Any] = {"task": task.name}
+    for name in ("epochs", "batch_size", "seq_len", "lr", "eval_every"):
+        value = getattr(config, name)
+        given[name] = getattr(task, name) if value is None else value
+    return replace(config, **given)
+
+
+def check_outputs(config: FinetuneConfig, task: Task) -> None:
+    """Refuse to overwrite what ``--save_model`` or ``--predict`` names."""
+    if config.save_model:
+        refuse_existing(Path(config.save_model), "--save_model")
+    if config.predict:
+        for path in predicted_files(Path(config.predict), task).values():
+            refuse_existing(path, "--predict")
+
+
+def predicted_splits(task: Task) -> tuple[str, ...]:
+    """What ``--predict`` predicts: the test rows; of SQuAD, whose test set is hidden, and built-in tasks, dev."""
+    if not task.folder:
+        return ("dev",)
+    return ("test", "test_mismatched") if "test_mismatched" in (task.files or {}) else ("test",)
+
+
+def predicted_files(file: Path, task: Task) -> dict[str, Path]:
+    """Split -> where its predictions go; MNLI's second file has ``-mm`` in its name, as GLUE wants MNLI-mm.tsv."""
+    first, *second = predicted_splits(task)
+    stem = file.stem.removesuffix("-m")
+    return {first: file} | {split: file.with_name(f"{stem}-mm{file.suffix}") for split in second}
+
+
+def _features(
+    config: FinetuneConfig, task: Task, downstream: Downstream, examples: Examples, *, training: bool
+) -> Features:
+    assert config.seq_len
+    if task.kind == SPAN:
+        stride = min(task.doc_stride, config.seq_len // 3)
+        return span_features(task, examples, downstream.tokenizer, config.seq_len, stride, training=training)
+    return class_features(task, examples, downstream.tokenizer, config.seq_len)
+
+
+def _split(config: FinetuneConfig, task: Task, downstream: Downstream, name: str) -> Split:
+    examples = load_split(task, config.data, name)
+    features = _features(config, task, downstream, examples, training=False)
+    return Split(task, examples, features, config.eval_batch_size)

@@ -1,0 +1,171 @@
+"""A lock file that tells who holds it and whether they live: on one host, or on a file system shared by many."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from finemask_ds.errors import UserError
+from finemask_ds.run import content_hash
+
+HEARTBEAT_SEC = 5.0
+STALE_SEC = 60.0
+"""A holder that is silent for so long is given up."""
+
+
+class Holder(NamedTuple):
+    """Who holds a lock."""
+
+    name: str
+    """As in `Lock.me`; "" while unknown."""
+    silent_sec: float
+    """How long ago the lock was last touched."""
+
+    def is_dead(self, stale_sec: float) -> bool:
+        """Whether the holder is silent for too long, or a process of this machine that is gone."""
+        if self.silent_sec > stale_sec:
+            return True
+        pid, _, place = self.name.partition("@")
+        return place.rpartition("-")[0] == _this_place() and pid.isdecimal() and not _lives(int(pid))
+
+
+class Lock:
+    """A lock file: its content names the holder, its modification time is the heartbeat."""
+
+    def __init__(self, path: Path, me: str | None = None, advice: str = "name a folder you may write") -> None:
+        """Name the lock file; nothing is locked yet.
+
+        Args:
+            path: the lock file.
+            me: the holder's name; None for a new one of this process.
+            advice: what to type where the folder cannot be written.
+        """
+        self.path = path
+        self.me = me or new_name()
+        self.advice = advice
+
+    def acquire(self) -> bool:
+        """Create the lock file; False where it exists.
+
+        Raises:
+            UserError: where the folder cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and self.path.parent.is_dir():
+                return False
+            raise UserError(f"cannot write {self.path.parent} ({error.strerror}): {self.advice}") from error
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(self.me)
+        return True
+
+    def holder(self) -> Holder | None:
+        """Who holds the lock; None where nobody does."""
+        # The lock is opened rather than stat-ed because network file systems only then fetch its true time.
+        try:
+            with open(self.path, encoding="utf-8") as stream:
+                return Holder(stream.read(), self._now() - os.fstat(stream.fileno()).st_mtime)
+        except FileNotFoundError:
+            return None
+
+    def _now(self) -> float:
+        """The time of the file system's own clock, as those of hosts differ; in a folder of others, of this host's."""
+        probe = self.path.with_name(f".{self.path.name}.{self.me}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+    def break_if_held_by(self, name: str) -> bool:
+        """Remove a dead process's lock; False where another has just taken it over."""
+        holder = self.holder()
+        if holder is not None and holder.name != name:
+            return False
+        self.path.unlink(missing_ok=True)
+        return True
+
+    def release(self) -> None:
+        """Remove the lock, unless it was taken over meanwhile."""
+        holder = self.holder()
+        if holder is not None and holder.name == self.me:
+            self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def held(self, stale_sec: float = STALE_SEC, poll_sec: float = 0.05) -> Iterator[None]:
+        """Hold the lock while the block runs, which takes no time to speak of; a dead holder's is broken."""
+        while not self.acquire():
+            holder = self.holder()
+            if holder is not None and holder.is_dead(stale_sec):
+                self.break_if_held_by(holder.name)
+            else:
+                time.sleep(poll_sec)
+        try:
+            yield
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def heartbeat(self, every_sec: float) -> Iterator[None]:
+        """Touch the lock every so often while the block runs."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(every_sec):
+                with contextlib.suppress(OSError):  # taken over, or a network file system stutters
+                    os.utime(self.path)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def new_name() -> str:
+    """A holder's name of this process, never given before."""
+    return f"{process_name(os.getpid())}{secrets.token_hex(4)}"
+
+
+def process_name(pid: int) -> str:
+    """How the names of all holders begin that are this process of this machine."""
+    return f"{pid}@{_this_place()}-"
+
+
+def host_of(name: str) -> str:
+    """The host in a holder's name."""
+    return name.partition("@")[2].rsplit("-", 2)[0] or "an unknown host"
+
+
+def _this_place() -> str:
+    """This host, its boot and its process table: containers may share a host's name, yet not its process ids."""
+    signs = []
+    with contextlib.suppress(OSError):
+        signs = [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return f"{socket.gethostname()}-{content_hash(*signs)[:8]}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    with contextlib.suppress(OSError):  # one that has ended counts as dead, even if its parent has not asked for it yet
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return True

@@ -1,0 +1,288 @@
+"""What runs left on disk, read into plain values: cells of fine-tuning, masks of searches, who made them and when."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.config import FinetuneConfig
+from finemask_ds.dispatch.plan import Cell, Plan
+from finemask_ds.errors import UserError, abbreviated
+from finemask_ds.report.origins import MaskOrigin, Origins
+from finemask_ds.run import Run, read_json
+
+DEPTH = 4
+"""Folders below a RUN that are looked into."""
+
+_NEVER = {"checkpoints", "masks", "tb", "done", "report", "figures", "cells"}
+"""Folders of a run that hold no runs; cells are read through their plan."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One fine-tuning: what was asked and, where it is done, what came out."""
+
+    id: str
+    state: str
+    """``done``, ``failed`` or ``missing``."""
+    path: Path
+    """Its result.json, there only if done."""
+    task: str
+    method: str
+    model: str
+    sparsity: float | None
+    """What was aimed at, as a share of the masked matrices; 0 for the full model, None where no one knows yet."""
+    mask: str | None
+    mask_key: str
+    """Equal for equal masks: fingerprint, hash of the file or its path; "" for the full model."""
+    mask_seed: int | None
+    search_steps: int | None
+    seed: int
+    num_samples: int
+    """Training rows asked for; 0: all."""
+    mask_sha256: str | None = None
+    """Of the mask's file."""
+    metric: str = ""
+    score: float | None = None
+    """Best dev result, 1 = perfect."""
+    last_score: float | None = None
+    undefined: str | None = None
+    """Why ``score`` is None though the cell is done."""
+    best_step: int | None = None
+    steps: int | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    last_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    mismatched: Mapping[str, float | None] = field(default_factory=dict)
+    curve: tuple[Mapping[str, Any], ...] = ()
+    measured_sparsity: float | None = None
+    train_rows: int | None = None
+    dev_rows: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seq_len: int | None = None
+    data_sha256: str = ""
+    seconds: float | None = None
+    peak_memory_gib: float | None = None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    """The traceback of the last failed attempt."""
+    origin: MaskOrigin | None = None
+    """The search that found the mask, where its result is still there."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result."""
+        return self.state == "done"
+
+    @property
+    def value(self) -> float:
+        """The score as it counts in means: an undefined one is 0."""
+        return self.score if self.score is not None else 0.0
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All that was found, cells in a fixed order."""
+
+    cells: tuple[CellResult, ...]
+    searches: tuple[MaskOrigin, ...]
+    """Finished searches, a line each."""
+    provenances: tuple[Mapping[str, Any], ...]
+    left_out: tuple[str, ...]
+    """Sentences about files that could not be used."""
+    duplicates: int
+    """Cells found a second time and counted once."""
+
+
+def collect(runs: Sequence[Path]) -> Collection:
+    """Read plans, cells and searches in and below the folders.
+
+    Raises:
+        UserError: where a folder is missing or none of them holds a cell or a search.
+    """
+    for run in runs:
+        if not run.exists():
+            raise UserError(f"there is no {run}: type the folder of a plan, of a fine-tuning or of a search")
+    reading = _Reading()
+    for run in runs:
+        reading.folder(run if run.is_dir() else run.parent, DEPTH)
+    cells, duplicates = _once(reading.cells)
+    if not cells and not reading.origins.searches:
+        names = abbreviated([str(run) for run in runs])
+        why = f" ({reading.left_out[0]})" if reading.left_out else ""
+        raise UserError(
+            f"{names} holds no plan, fine-tuning or search{why}: type the folder that launcher/finetune.py, "
+            f"launcher/dispatch.py or a search wrote, such as runs/quickstart"
+        )
+    cells = _with_origins(cells, reading.origins)
+    left_out = (*reading.left_out, *reading.origins.left_out)
+    folders = {cell.path.parent for cell in cells} | {origin.folder for origin in reading.origins.searches}
+    return Collection(
+        tuple(sorted(cells, key=lambda cell: (cell.task, cell.method, cell.mask_key, cell.seed, cell.id))),
+        tuple(reading.origins.searches),
+        tuple(_provenances(sorted(folders), reading.origins)),
+        tuple(dict.fromkeys(left_out)),
+        duplicates,
+    )
+
+
+class _Reading:
+    """The state of one walk."""
+
+    def __init__(self) -> None:
+        self.cells: list[CellResult] = []
+        self.origins = Origins()
+        self.left_out: list[str] = []
+        self._seen: set[Path] = set()
+
+    def folder(self, folder: Path, depth: int) -> None:
+        """Read what the folder is, then look below."""
+        if folder.resolve() in self._seen:
+            return
+        self._seen.add(folder.resolve())
+        if (folder / "plan.json").is_file() or (folder / "cells").is_dir():
+            self.plan(folder)
+        elif (folder / "result.json").is_file():
+            self.result(folder)
+        if depth:
+            for below in sorted(_folders(folder)):
+                self.folder(below, depth - 1)
+
+    def plan(self, root: Path) -> None:
+        """The cells of a plan, in any state, and those that a lost plan left."""
+        plan = self.tried(partial(Plan.read, root), root / "plan.json") if (root / "plan.json").exists() else None
+        planned = {cell.id: cell for cell in plan.cells} if plan else {}
+        found = {path.name for path in (root / "cells").iterdir()} if (root / "cells").is_dir() else set()
+        for name in sorted(planned.keys() | found):
+            folder = root / "cells" / name
+            there, before = (folder / "result.json").is_file(), len(self.left_out)
+            done = there and self.result(folder)
+            if there and not done and len(self.left_out) == before:
+                self.left_out.append(f"{folder / 'result.json'} is no result of a fine-tuning")
+            if not done and name in planned:
+                cell = self.tried(partial(planned_cell, root, planned[name]), folder)
+                self.cells += [cell] if cell is not None else []
+
+    def result(self, folder: Path) -> bool:
+        """A folder with a result.json: a cell, a search or something foreign; False where it is broken."""
+        path = folder / "result.json"
+        value = self.tried(partial(read_json, path), path)
+        if not isinstance(value, dict):
+            return False
+        if value.get("kind") == "finetune":
+            cell = self.tried(partial(finished_cell, path, value), path)
+            self.cells += [cell] if cell is not None else []
+            return cell is not None
+        if "target_sparsity" in value:
+            self.origins.read(folder)
+            return True
+        return False
+
+    def tried(self, read: Callable[[], Any], path: Path) -> Any:
+        """What ``read`` gives, or None and a sentence in ``left_out``."""
+        try:
+            return read()
+        except UserError as error:
+            self.left_out.append(str(error))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            self.left_out.append(f"{path} is not as finemask writes it ({type(error).__name__}: {error})")
+        return None
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        skipped = entry.name.startswith((".", "attempt-")) or entry.name in _NEVER
+        if not skipped and entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+def last_error(folder: Path) -> str:
+    """The traceback of a cell's last failed attempt, "" where none failed."""
+    failures = sorted(folder.glob("attempt-*/failed.json"), key=lambda path: int(path.parent.name.split("-")[-1]))
+    return str(read_json(failures[-1]).get("error") or "failed without a word") if failures else ""
+
+
+def planned_cell(root: Path, cell: Cell) -> CellResult:
+    """A cell that has no result yet: failed if an attempt says so, else missing."""
+    defaults, folder = FinetuneConfig.defaults(), root / "cells" / cell.id
+    options = {**defaults, **cell.options}
+    mask, error = options["mask"] or None, last_error(folder)
+    return CellResult(
+        id=cell.id, state="failed" if error else "missing", path=folder / "result.json", task=cell.task,
+        method=cell.method, model=options["model"], sparsity=None if mask else 0.0, mask=mask,
+        mask_sha256=cell.mask_sha256, mask_key=mask or "", mask_seed=None, search_steps=None, seed=options["seed"],
+        num_samples=options["num_samples"], error=error,
+    )  # fmt: skip
+
+
+def finished_cell(path: Path, result: Mapping[str, Any]) -> CellResult:
+    """A cell with a result; KeyError, TypeError or ValueError where the file is not one of a cell."""
+    mask, measured = result.get("mask"), float(result["sparsity"])
+    target = result.get("target_sparsity")
+    key = result.get("mask_fingerprint") or result.get("mask_sha256") or mask or ""
+    plain = ("last_score", "undefined", "best_step", "steps", "train_rows", "dev_rows", "epochs", "batch_size", "lr",
+             "seq_len", "seconds", "peak_memory_gib", "mask_seed", "mask_sha256", "search_steps")  # fmt: skip
+    maps = ("metrics", "last_metrics", "mismatched", "versions")
+    data = result.get("data_sha256") or {}
+    score = result["score"]
+    others: dict[str, Any] = {name: result.get(name) for name in plain}
+    others |= {name: dict(result.get(name) or {}) for name in maps}
+    return CellResult(
+        id=path.parent.name, state="done", path=path, task=str(result["task"]), metric=str(result["metric"]),
+        method=str(result.get("method") or ("imported" if mask else "full")), model=str(result.get("model", "")),
+        sparsity=(round(measured, 2) if target is None else float(target)) if key else 0.0,
+        measured_sparsity=measured, mask=mask, mask_key=str(key), seed=int(result.get("seed", 1)),
+        num_samples=int(result.get("num_samples") or 0), score=None if score is None else float(score),
+        curve=tuple(result.get("curve") or ()),
+        data_sha256=str(data.get("dev", "")) if isinstance(data, dict) else str(data),
+        **others,
+    )  # fmt: skip
+
+
+def _once(cells: Sequence[CellResult]) -> tuple[list[CellResult], int]:
+    """Each cell once, a finished one before one that is not, whatever folder it was found in."""
+    kept: dict[tuple[object, ...], CellResult] = {}
+    ids = set()
+    for cell in sorted(cells, key=lambda cell: not cell.done):
+        asked = (cell.model, cell.task, cell.mask_key, cell.seed, cell.num_samples)
+        settings = (cell.epochs, cell.batch_size, cell.lr, cell.seq_len, cell.steps, cell.data_sha256)
+        if cell.done or cell.id not in ids:
+            kept.setdefault((*asked, *settings) if cell.done else (cell.id,), cell)
+        ids.add(cell.id)
+    return list(kept.values()), len(cells) - len(kept)
+
+
+def _with_origins(cells: Sequence[CellResult], origins: Origins) -> list[CellResult]:
+    """Cells with the search behind their mask; those without a result learn from it, or from cells of the same mask."""
+    alike = {cell.mask_sha256 or cell.mask: cell for cell in cells if cell.done and cell.mask}
+    answer = []
+    for cell in cells:
+        origin = origins.of(cell.mask, cell.path.parent, cell.mask_sha256) if cell.mask else None
+        cell = replace(cell, origin=origin)
+        if not cell.done and cell.mask:
+            source = alike.get(cell.mask_sha256 or cell.mask)
+            if source is not None:
+                cell = replace(cell, method=source.method, sparsity=source.sparsity, mask_key=source.mask_key,
+                               mask_seed=source.mask_seed, search_steps=source.search_steps)  # fmt: skip
+            elif origin is not None:
+                cell = replace(cell, sparsity=origin.target_sparsity, mask_seed=origin.seed,
+                               search_steps=origin.steps)  # fmt: skip
+        answer.append(cell)
+    return answer
+
+
+def _provenances(folders: Sequence[Path], origins: Origins) -> Iterator[Mapping[str, Any]]:
+    for folder in folders:
+        for path in [Run(folder).provenance, *sorted(folder.glob("attempt-*/provenance.json"))]:
+            value = origins.json(path)
+            if value:
+                yield value

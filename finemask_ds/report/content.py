@@ -1,0 +1,158 @@
+"""Everything that a report says, put together once for Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from finemask_ds.report import scores as statistic
+from finemask_ds.report.collect import CellResult, Collection
+from finemask_ds.report.figures import Drawing, draw_all, title_of
+from finemask_ds.report.tables import (
+    Group,
+    Groups,
+    Sheet,
+    fewer_samples,
+    main_sheet,
+    mask_sheet,
+    name_of,
+    other_metrics,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What there is of one backbone."""
+
+    model: str
+    cells: tuple[CellResult, ...]
+    sheets: tuple[Sheet, ...]
+    """The scores, sparsity by sparsity."""
+    details: tuple[Sheet, ...]
+    drawings: tuple[Drawing, ...]
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A report, before it is written as text of any kind."""
+
+    facts: tuple[tuple[str, tuple[str, ...]], ...]
+    """What was run, when, by which code, on what."""
+    cautions: tuple[str, ...]
+    left_out: tuple[str, ...]
+    parts: tuple[Part, ...]
+    unfinished: tuple[CellResult, ...]
+    out: Path
+
+    def link(self, path: Path) -> str:
+        """A file as the report links to it: relative, so that the folder may move with its results."""
+        return quote(os.path.relpath(path.resolve(), self.out.resolve()))
+
+
+def put_together(collection: Collection, out: Path) -> Content:
+    """Tables, figures and facts of what was collected, for a report in the folder ``out``."""
+    by_model: dict[str, list[CellResult]] = {}
+    for cell in statistic.with_variants(collection.cells):
+        by_model.setdefault(cell.model, []).append(cell)
+    parts = tuple(_part(by_model[model], f"m{index}-" if index else "") for index, model in enumerate(sorted(by_model)))
+    unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
+    return Content(tuple(facts(collection)), tuple(cautions(parts)), collection.left_out, parts, unfinished, out)
+
+
+def _part(cells: Sequence[CellResult], prefix: str) -> Part:
+    groups = Groups(prefix)
+    sheets, details = [], []
+    for sparsity in statistic.sparsities(cells):
+        board = statistic.board(cells, sparsity)
+        fewer = fewer_samples(cells, board, groups)
+        sheets += [main_sheet(board, groups), *([fewer] if fewer else [])]
+        details += list(other_metrics(board, groups))
+    masks = mask_sheet(cells)
+    details += [masks] if masks else []
+    rest = [score for score in statistic.scores(cells) if score.sparsity is not None]
+    listed = {cell.id for group in groups.found.values() for cell in group.cells}
+    for score in rest:  # cells of no table above, such as masks on the way of a search
+        if not any(cell.id in listed for cell in score.cells):
+            groups.of(score, score.sparsity)
+    drawings = tuple(replace(drawing, name=prefix + drawing.name) for drawing in draw_all(cells))
+    return Part(cells[0].model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
+
+
+def cautions(parts: Iterable[Part]) -> Iterator[str]:
+    """Sentences about numbers that average over cells that are not alike, and about undefined scores."""
+    names = ("epochs", "batch_size", "lr", "seq_len", "data_sha256", "dev_rows")
+    for part in parts:
+        differing: dict[tuple[str, ...], list[str]] = {}
+        for group in part.groups:
+            done = [cell for cell in group.cells if cell.done]
+            found = tuple(name for name in names if len({getattr(cell, name) for cell in done}) > 1)
+            if found:
+                differing.setdefault(found, []).append(group.title)
+            reasons = dict.fromkeys(cell.undefined or "no reason given" for cell in done if cell.score is None)
+            if reasons:
+                yield f"{group.title}: a score is undefined ({'; '.join(reasons)}) and counts 0."
+        for found, titles in differing.items():
+            more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+            yield f"Cells that differ in {', '.join(found)} are averaged in: {'; '.join(titles[:3])}{more}."
+
+
+def facts(collection: Collection) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What was run, when, by which code and on what, a line for each different answer."""
+    cells, sources = collection.cells, collection.provenances
+    states = [sum(cell.state == state for cell in cells) for state in ("done", "missing", "failed")]
+    yield "cells", ("{} done, {} missing, {} failed".format(*states),)
+    if collection.duplicates:
+        yield "found twice", (f"{collection.duplicates} cells, counted once",)
+    tasks = sorted({cell.task for cell in cells}, key=statistic.task_key)
+    yield "tasks", (", ".join(title_of(task) for task in tasks),)
+    methods = sorted({cell.method for cell in cells}, key=statistic.method_key)
+    yield "methods", (", ".join(name_of(method) for method in methods),)
+    yield "models", _distinct(cell.model for cell in cells)
+    tuning = sum(cell.seconds or 0 for cell in cells)
+    searching = sum(origin.seconds or 0 for origin in collection.searches)
+    count = len(collection.searches)
+    yield "time", (f"fine-tuning {_duration(tuning)}, {count} searches {_duration(searching)}",)
+    started = sorted(str(source["started"]) for source in sources if source.get("started"))
+    if started:
+        yield "started", (started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}",)
+    yield "commit", _distinct(_commit(source.get("code")) for source in sources)
+    yield "hardware", _distinct(_hardware(source.get("hardware")) for source in sources)
+    versions = [source["versions"] for source in sources if source.get("versions")]
+    versions = versions or [cell.versions for cell in cells]
+    yield "versions", _distinct(_versions(one) for one in versions)
+
+
+def _distinct(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({value for value in values if value})) or ("not recorded",)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _commit(code: Any) -> str:
+    if not isinstance(code, Mapping) or not code.get("commit"):
+        return ""
+    return f"{code['commit']}" + (" with changes that are not committed" if code.get("dirty") else "")
+
+
+def _hardware(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return ""
+    gpus = found.get("gpus") or []
+    words = [found.get("cpu"), f"{found.get('cores')} cores", f"{found.get('memory_gib')} GiB", *map(str, gpus)]
+    return ", ".join(str(word) for word in words if word)
+
+
+def _versions(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return ""
+    return ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in sorted(found.items()) if v)

@@ -1,0 +1,133 @@
+"""What is known of a mask from the search that found it: method, steps, seconds, pre-training losses, distance."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.config import VOLATILE
+from finemask_ds.errors import UserError
+from finemask_ds.run import Run, read_json
+
+_NOT_SETTINGS = VOLATILE | {"method", "config_version", "seed", "sparsity", "steps", "schedule_steps", "interval_steps"}
+"""Knobs in which masks of one method may differ: by these it is varied, and they are axes of the figures."""
+
+
+@dataclass(frozen=True)
+class MaskOrigin:
+    """One mask file as its search describes it; figures are None where the search is not finished."""
+
+    folder: Path
+    """The search's run directory."""
+    path: Path
+    method: str
+    seed: int | None
+    target_sparsity: float | None
+    steps: int | None = None
+    seconds: float | None = None
+    distance_from_omp: float | None = None
+    mlm_loss: float | None = None
+    """Dev loss in nats per masked token, with theta_0's own head."""
+    kd_loss: float | None = None
+    settings: tuple[tuple[str, str], ...] = ()
+    """The other knobs of the search, written as text."""
+
+
+class Origins:
+    """Searches met so far, and the way from a cell's mask to its search."""
+
+    def __init__(self) -> None:
+        self.searches: list[MaskOrigin] = []
+        self.left_out: list[str] = []
+        self._masks: dict[Path, MaskOrigin] = {}
+        self._read: set[Path] = set()
+        self._hashes: dict[Path, str] = {}
+
+    def read(self, folder: Path) -> None:
+        """Read a search's run directory, once; what is wrong with it goes to ``left_out``."""
+        folder = folder.resolve()
+        if folder in self._read:
+            return
+        self._read.add(folder)
+        run = Run(folder)
+        try:
+            config = self.json(run.config)
+            result = read_json(run.result) if run.result.is_file() else {}
+            settings = tuple((k, str(v)) for k, v in sorted(config.items()) if k not in _NOT_SETTINGS)
+            shared: dict[str, Any] = {
+                "folder": folder,
+                "method": str(result.get("method") or config.get("method") or folder.name),
+                "seed": config.get("seed"),
+                "target_sparsity": result.get("target_sparsity", config.get("sparsity")),
+                "settings": settings,
+            }
+            final = MaskOrigin(path=run.mask, **shared, **_figures(result))
+            along = [
+                MaskOrigin(path=folder / shot["mask"], **shared, **_figures(shot))
+                for shot in result.get("snapshots") or ()
+            ]
+        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            self.left_out.append(f"the search in {folder} could not be read ({error})")
+            return
+        self._masks.update({origin.path: origin for origin in (*along, final)})
+        if result:
+            self.searches.append(final)
+
+    def of(self, mask: str, near: Path, sha256: str | None) -> MaskOrigin | None:
+        """The origin of a mask named by a cell, by its path and, if it is known, the hash of its file.
+
+        A path that leads nowhere any more (results copied from another machine) is found again by its hash
+        among the searches that were read.
+        """
+        path = find_mask(mask, near)
+        if path is not None:
+            home = path.parent.parent if path.parent.name == "masks" else path.parent
+            if (home / "config.json").is_file() or (home / "result.json").is_file():
+                self.read(home)
+            if sha256 and path.is_file() and self._hash(path) != sha256:
+                self.left_out.append(f"{path} is not the mask that {near} was fine-tuned with any more")
+            else:
+                return self._masks.get(path)
+        if sha256:
+            known = (origin for origin in self._masks.values() if origin.path.is_file())
+            return next((origin for origin in known if self._hash(origin.path) == sha256), None)
+        return None
+
+    def json(self, path: Path) -> dict[str, Any]:
+        """A JSON object, empty where there is none; a broken file goes to ``left_out``."""
+        try:
+            value = read_json(path) if path.is_file() else {}
+        except (UserError, OSError) as error:
+            self.left_out.append(str(error))
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            with open(path, "rb") as stream:
+                self._hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._hashes[path]
+
+
+def find_mask(mask: str, near: Path) -> Path | None:
+    """Where a cell's mask is, or would be: as written from here, else from a folder above the cell."""
+    for start in _above(near):
+        path = Path(os.path.normpath(start / mask))
+        if path.is_file() or (path.parent / "config.json").is_file():
+            return path.resolve()
+    return None
+
+
+def _above(folder: Path) -> Iterator[Path]:
+    yield Path.cwd()
+    yield from folder.resolve().parents
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    dev = result.get("dev") or {}
+    plain = {name: result.get(name) for name in ("steps", "seconds", "distance_from_omp")}
+    return {**plain, **{name: dev.get(name) for name in ("mlm_loss", "kd_loss")}}

@@ -1,0 +1,91 @@
+"""A report's files: page, Markdown, CSV and figures, each whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finemask_ds.report import scores as statistic
+from finemask_ds.report.collect import CellResult, collect
+from finemask_ds.report.content import put_together
+from finemask_ds.report.heatmap import save_png
+from finemask_ds.report.page import html, markdown_text
+from finemask_ds.report.style import style
+from finemask_ds.run import atomic_write
+
+_NOT_PLAIN = ("curve", "versions", "origin", "error")
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, list[str]]:
+    """Write report.md, cells.csv, scores.csv, index.html and figures/*.png about the runs.
+
+    The same results give the same bytes: nothing of the day or the machine of the writing is in the files.
+
+    Args:
+        runs: folders of plans, fine-tunings and searches, or folders of such.
+        out: default: ``report`` in the first of them.
+
+    Returns:
+        The page's path, and sentences about what could not be read.
+
+    Raises:
+        UserError: where nothing is found or the folder cannot be written.
+    """
+    out = Path(out) if out is not None else Path(runs[0]) / "report"
+    collection = collect(runs)
+    content = put_together(collection, out)
+    cells = [cell for part in content.parts for cell in part.cells]
+    _write_csv(out / "cells.csv", [_cell_fields(cell, content.link(cell.path)) for cell in cells], _cell_names())
+    _write_csv(out / "scores.csv", list(_score_rows(cells)), _SCORE_NAMES)
+    kept = set()
+    for part in content.parts:
+        for drawing in part.drawings:
+            if drawing.figure is not None:
+                path = out / "figures" / f"{drawing.name}.png"
+                kept.add(path)
+                with style():
+                    save_png(drawing.figure, path)
+    for path in (out / "figures").glob("*.png"):  # of a report on other results in the same folder
+        if path not in kept:
+            path.unlink()
+    for name, text in (("report.md", markdown_text(content)), ("index.html", html(content))):
+        with atomic_write(out / name) as stream:
+            stream.write(text)
+    return out / "index.html", list(collection.left_out)
+
+
+def _cell_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(CellResult) if field.name not in _NOT_PLAIN]
+
+
+def _cell_fields(cell: CellResult, path: str) -> dict[str, Any]:
+    """The plain fields; maps as JSON, the path as the page links to it."""
+    fields = {name: getattr(cell, name) for name in _cell_names()} | {"path": path}
+    return {k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in fields.items()}
+
+
+_SCORE_NAMES = ["model", "method", "sparsity", "search_steps", "task", "metric", "num_samples", "mean", "sd", "n",
+                "over", "cells_done", "cells_planned", "undefined"]  # fmt: skip
+
+
+def _score_rows(cells: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
+    by_model: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        by_model.setdefault(cell.model, []).append(cell)
+    for model, group in by_model.items():
+        for score in statistic.scores(group):
+            row = {name: getattr(score, name) for name in _SCORE_NAMES if hasattr(score, name)}
+            metric = next((cell.metric for cell in score.cells if cell.metric), "")
+            counts = {"cells_done": score.done, "cells_planned": len(score.cells)}
+            yield {**row, "model": model, "metric": metric, **counts, "undefined": "; ".join(score.undefined)}
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    with atomic_write(path) as stream:
+        writer = csv.DictWriter(stream, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,107 @@
+"""Reading what runs left: any mix of folders, whole or broken."""
+
+import json
+import shutil
+
+import pytest
+
+from finemask_ds.errors import UserError
+from finemask_ds.report.collect import collect
+from tests.report.fakes import HOLES, Fakes, small, write
+
+
+def test_states_of_a_plans_cells(holes):
+    cells = collect([holes]).cells
+    asked = {cell["id"] for cell in json.loads((holes / "plan.json").read_text())["cells"]}
+    assert {cell.id for cell in cells} == asked
+    final = [c for c in cells if c.sparsity == 0.7 and not c.num_samples and c.search_steps in (0, 200)]
+    for (method, task, mask_seed, seed), state in HOLES.items():
+        (cell,) = [c for c in final if (c.method, c.task, c.mask_seed, c.seed) == (method, task, mask_seed, seed)]
+        assert cell.state == ("done" if state == "undefined" else state)
+        assert (cell.score is None) and (cell.undefined == ("constant predictions" if cell.done else None))
+        assert ("<script>" in cell.error) == (state == "failed")
+    assert sum(not cell.done for cell in cells) == sum(state != "undefined" for state in HOLES.values())
+
+
+def test_masks_know_their_searches_and_those_on_the_way(holes):
+    for cell in collect([holes]).cells:
+        assert (cell.origin is None) == (cell.mask is None)
+        if cell.origin:
+            assert (cell.origin.steps, cell.origin.seed) == (cell.search_steps, cell.mask_seed)
+
+
+def test_any_mix_of_folders_counts_each_cell_once(tmp_path):
+    fakes = small(tmp_path)
+    cells = sorted((tmp_path / "cells").iterdir())
+    found = collect([tmp_path, tmp_path / "cells", cells[0], tmp_path / "plan.json"])
+    assert {cell.id for cell in found.cells} == {cell["id"] for cell in fakes.planned}
+    assert len(found.searches) == 2
+    shutil.copytree(cells[0], tmp_path / "elsewhere" / "copy")
+    again = collect([tmp_path])
+    assert (len(again.cells), again.duplicates) == (len(found.cells), 1)
+
+
+def test_results_copied_from_elsewhere_find_their_searches_by_hash(tmp_path):
+    small(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "here")
+    cells = collect([tmp_path / "here"]).cells
+    assert all(cell.origin is not None for cell in cells if cell.mask)
+    assert sum(cell.mask is not None for cell in cells) == 4
+
+
+def test_a_mask_made_anew_since_is_told_and_not_used(tmp_path):
+    small(tmp_path)
+    path = next((tmp_path / "searches").glob("tamt-kd*/mask.safetensors"))
+    path.write_bytes(path.read_bytes() + b" ")
+    found = collect([tmp_path])
+    assert all(cell.origin is None for cell in found.cells if cell.method == "tamt-kd")
+    assert any(f"{path} is not the mask" in sentence for sentence in found.left_out)
+
+
+def test_checkpoints_and_foreign_folders_are_passed_by(tmp_path):
+    small(tmp_path)
+    before = len(collect([tmp_path]).cells)
+    result = next((tmp_path / "cells").iterdir()) / "result.json"
+    for folder in ("checkpoints/x", ".hidden", "a/b/c/d/e"):
+        write(tmp_path / folder / "result.json", {**json.loads(result.read_text()), "seed": 77})
+    write(tmp_path / "other" / "result.json", {"kind": "benchmark"})
+    write(tmp_path / "others" / "result.json", [1, 2])
+    assert (len(collect([tmp_path]).cells), collect([tmp_path]).left_out) == (before, ())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "finetune"}', '{"kind": "finetune", "task": "x", "sparsity": []}',
+                                  "\x00\xff"])  # fmt: skip
+def test_a_broken_result_is_named_and_its_cell_missing(tmp_path, text):
+    fakes = small(tmp_path)
+    path = tmp_path / "cells" / fakes.planned[0]["id"] / "result.json"
+    path.write_text(text, encoding="latin-1")
+    found = collect([tmp_path])
+    assert [cell.id for cell in found.cells if not cell.done] == [fakes.planned[0]["id"]]
+    assert str(path) in found.left_out[0]
+    assert len(found.left_out) == 1
+
+
+def test_a_broken_plan_is_named_and_results_are_used(tmp_path):
+    fakes = small(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    found = collect([tmp_path])
+    assert len(found.cells) == len(fakes.planned)
+    assert str(tmp_path / "plan.json") in found.left_out[0]
+
+
+def test_a_plan_without_any_result(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.cell("mrpc", state="missing")
+    (steps, path), *_ = fakes.search("tamt-kd", 0.6, 2).items()
+    fakes.cell("mrpc", path, method="tamt-kd", state="missing")
+    fakes.plan()
+    cells = {cell.method: cell for cell in collect([tmp_path]).cells}
+    assert (cells["tamt-kd"].sparsity, cells["tamt-kd"].mask_seed, cells["tamt-kd"].search_steps) == (0.6, 2, steps)
+    assert cells["full"].sparsity == 0
+
+
+def test_nothing_to_report_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no plan, fine-tuning or search"):
+        collect([tmp_path])
+    with pytest.raises(UserError, match="there is no .*absent"):
+        collect([tmp_path / "absent"])
