@@ -12,7 +12,14 @@ import pytest
 from finemask_ds.errors import UserError
 from finemask_ds.lock import Holder, Lock, host_of, new_name, process_name
 
-HOLD = "import sys, time; from pathlib import Path; from finemask_ds.lock import Lock; Lock(Path(sys.argv[1])).acquire(); print(flush=True); time.sleep(600)"  # fmt: skip
+HOLD = """
+import sys, time
+from pathlib import Path
+from finemask_ds.lock import Lock
+Lock(Path(sys.argv[1])).acquire()
+print(flush=True)
+time.sleep(600)
+"""
 
 
 def test_one_holds_it_until_the_release(tmp_path):

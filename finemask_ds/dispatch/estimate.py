@@ -58,18 +58,18 @@ def read_estimates(root: Path) -> dict[str, float]:
         return {}
 
 
-def seconds_left(seen: Survey) -> float | None:
-    """Seconds of one worker until all cells are done; None while nobody can know."""
+def seconds_left(seen: Survey, workers: int = 1) -> float | None:
+    """Seconds until so many workers have done all cells; None while nobody can know."""
     known = read_estimates(seen.plan.root) | _done_seconds(seen)
-    left = 0.0
+    left = []
     for cell, standing in seen.cells(State.WAITING, State.RUNNING):
         if not known:
             return None
         spent = 0.0
         if standing.state is State.RUNNING and standing.attempts:
             spent = max(0.0, time.time() - float(standing.attempts[-1].facts().get("start") or time.time()))
-        left += max(0.0, known.get(kind_of(cell.options), fmean(known.values())) - spent)
-    return left
+        left.append(max(0.0, known.get(kind_of(cell.options), fmean(known.values())) - spent))
+    return max(sum(left) / workers, max(left, default=0.0))
 
 
 def duration(seconds: float) -> str:

@@ -126,7 +126,7 @@ def _until_done(
 
 
 def _cost(seen: Survey, executor: Executor) -> str:
-    left = seconds_left(seen)
-    if left is None:
+    alone, together = seconds_left(seen), seconds_left(seen, executor.slots)
+    if alone is None or together is None:
         return "cost: unknown until the first cell is done"
-    return f"cost: about {duration(left)} of one worker, {duration(left / executor.slots)} on {executor.place}"
+    return f"cost: about {duration(alone)} of one worker, {duration(together)} on {executor.place}"

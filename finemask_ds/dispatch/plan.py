@@ -32,11 +32,23 @@ _MASK = "mask.safetensors"
 
 
 @dataclass(frozen=True)
+class MaskFacts:
+    """What a mask file's header tells; its bits are verified where they are used."""
+
+    method: str
+    """As in its provenance."""
+    sha256: str
+    """Of the file's bytes."""
+    bits: str
+    """16 hex of a hash over names, shapes and bits: the same for the same mask, whenever and wherever it was made."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """One fine-tuning: (backbone, mask or none, task, data fraction, seed)."""
 
     id: str
-    """A readable start and 8 hex of a hash of what the result depends on; the mask counts by its file's bytes."""
+    """A readable start and 8 hex of a hash of what the result depends on; the mask counts by its bits."""
     options: Mapping[str, Any]
     """Options of launcher/finetune.py that differ from their defaults, as JSON values; always ``task`` and ``seed``."""
     method: str = "full"
@@ -45,7 +57,7 @@ class Cell:
     """Of the mask's file when the cell was planned."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], described: tuple[str, str] | None = None) -> Cell:
+    def of(cls, options: Mapping[str, Any], described: MaskFacts | None = None) -> Cell:
         """The cell of some options; those at their defaults and those that change no result count nothing.
 
         Args:
@@ -63,13 +75,12 @@ class Cell:
         named = {"task", "seed"}
         options = {"seed": defaults["seed"], **options}
         options = {key: value for key, value in options.items() if key in named or value != defaults[key]}
+        content = {key: value for key, value in options.items() if key not in FinetuneConfig.volatile}
         method, sha256 = "full", None
         if options.get("mask"):
             options["mask"] = str(mask_file(options["mask"]))
-            method, sha256 = described or describe_mask(options["mask"])
-        content = {key: value for key, value in options.items() if key not in FinetuneConfig.volatile}
-        if sha256:
-            content["mask"] = sha256
+            facts = described or describe_mask(options["mask"])
+            method, sha256, content["mask"] = facts.method, facts.sha256, facts.bits
         start = re.sub(r"[^\w.+-]+", "-", f"{options['task']}-{method}-seed{options['seed']}")
         digest = content_hash(json.dumps(content, sort_keys=True))[:8]
         return cls(f"{start}-{digest}", options, method, sha256)
@@ -197,8 +208,8 @@ def mask_file(path: str | os.PathLike[str]) -> Path:
     return Path(path) / _MASK if Path(path).is_dir() else Path(path)
 
 
-def describe_mask(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """A mask file's method and the sha256 of its bytes; its bits are verified where they are used.
+def describe_mask(path: str | os.PathLike[str]) -> MaskFacts:
+    """What a mask file tells of itself.
 
     Raises:
         UserError: where it is missing or no mask file.
@@ -206,14 +217,15 @@ def describe_mask(path: str | os.PathLike[str]) -> tuple[str, str]:
     try:
         with safe_open(path, framework="numpy") as stream:
             found = stream.metadata() or {}
-        method = json.loads(found["provenance"]).get("method") if found.get("format") == "finemask" else None
+        if found.get("format") == "finemask":
+            method = json.loads(found["provenance"]).get("method")
+            bits = content_hash(found["shapes"], found["sha256"])
+            return MaskFacts(str(method or "imported"), sha256_of(path), bits)
     except FileNotFoundError as error:
         raise UserError(f"there is no mask file {path}: type the path of one, such as RUN/{_MASK}") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
-        found = {}
-    if found.get("format") != "finemask":
-        raise UserError(f"{path} is no mask file: type the path of a file such as RUN/{_MASK}")
-    return str(method or "imported"), sha256_of(path)
+        pass  # what cannot be read is no mask file either
+    raise UserError(f"{path} is no mask file: type the path of a file such as RUN/{_MASK}")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

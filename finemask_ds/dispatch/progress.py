@@ -56,8 +56,8 @@ class Progress:
 
     def update(self, seen: Survey) -> None:
         """Tell what has ended since the last look."""
-        left_sec = seconds_left(seen)
-        left = "" if left_sec is None else f"about {duration(left_sec / self._slots)} left"
+        left_sec = seconds_left(seen, self._slots)
+        left = "" if left_sec is None else f"about {duration(left_sec)} left"
         done = seen.count(State.DONE)
         for cell, standing in seen.cells(*State):
             if (ended := _ended(standing)) != self._told.get(cell.id, (False, 0)):

@@ -93,7 +93,8 @@ def _number(count: int) -> str:
 
 
 def _summary(seen: Survey) -> str:
-    left, running = seconds_left(seen), seen.count(State.RUNNING)
+    running = seen.count(State.RUNNING)
+    left = seconds_left(seen, max(running, 1))
     done = f"{seen.count(State.DONE)} of {len(seen.plan.cells)} cells are done"
     if not running + seen.count(State.WAITING):
         return done
@@ -101,7 +102,7 @@ def _summary(seen: Survey) -> str:
         return f"{done}; nothing runs: dispatch again to go on"
     if left is None:
         return f"{done}, {running} running"
-    return f"{done}, {running} running, about {duration(left / running)} left"
+    return f"{done}, {running} running, about {duration(left)} left"
 
 
 def _running(name: str, facts: dict[str, object]) -> str:

@@ -40,8 +40,10 @@ def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str
         How many results it has left.
 
     Raises:
-        UserError: where there is no plan, or its folder cannot be written.
+        UserError: where there is no plan or no such cell in it, or its folder cannot be written.
     """
+    if unknown := sorted(set(cells) - {cell.id for cell in Plan.read(root).cells}):
+        raise UserError(f"--cell {unknown[0]} is not in the plan {root}; finemask status {root} shows it")
     results, seen = 0, None
     with Interruption().watching() as interruption:
         while not interruption.asked:

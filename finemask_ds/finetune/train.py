@@ -161,7 +161,7 @@ class Cell:
 
 def describe(job: Job, curve: Curve, seconds: float, peak_gib: float) -> dict[str, Any]:
     """A cell's result as JSON values: figures as fractions (1 is perfect), seconds, GiB, hashes, versions."""
-    config, best, last = job.config, curve.best, curve.points[-1]
+    config, best, last, made = job.config, curve.best, curve.points[-1], collect()
     told = job.mask_file.mask.provenance if job.mask_file else {"method": "full"}
     return {
         "kind": "finetune", "task": job.task.name, "metric": curve.metric,
@@ -181,7 +181,7 @@ def describe(job: Job, curve: Curve, seconds: float, peak_gib: float) -> dict[st
         "epochs": config.epochs if config.steps is None else None, "batch_size": config.batch_size, "lr": config.lr,
         "seq_len": config.seq_len, "eval_every": config.eval_every, "mixed_precision": config.mixed_precision,
         "hyper_parameters": job.task.source,
-        "seconds": seconds, "peak_memory_gib": peak_gib, "versions": collect()["versions"],
+        "seconds": seconds, "peak_memory_gib": peak_gib, "versions": made["versions"], "code": made["code"],
     }  # fmt: skip
 
 

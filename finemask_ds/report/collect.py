@@ -206,9 +206,13 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def last_error(folder: Path) -> str:
-    """The traceback of a cell's last failed attempt, "" where none failed."""
+    """Traceback and error of a cell's last failed attempt, "" where none failed."""
     failures = sorted(folder.glob("attempt-*/failed.json"), key=lambda path: int(path.parent.name.split("-")[-1]))
-    return str(read_json(failures[-1]).get("error") or "failed without a word") if failures else ""
+    if not failures:
+        return ""
+    found = read_json(failures[-1])
+    trace, error = str(found.get("trace") or "").rstrip(), str(found.get("error") or "failed without a word")
+    return trace if trace.endswith(error) else f"{trace}\n{error}".lstrip()
 
 
 def planned_cell(root: Path, cell: Cell) -> CellResult:

@@ -73,20 +73,20 @@ def _part(cells: Sequence[CellResult], prefix: str) -> Part:
         fewer = fewer_samples(cells, board, groups)
         sheets += [main_sheet(board, groups), *([fewer] if fewer else [])]
         details += list(other_metrics(board, groups))
-    masks = mask_sheet(cells)
-    details += [masks] if masks else []
     rest = [score for score in statistic.scores(cells) if score.sparsity is not None]
-    listed = {cell.id for group in groups.found.values() for cell in group.cells}
+    listed = {cell.path for group in groups.found.values() for cell in group.cells}
     for score in rest:  # cells of no table above, such as masks on the way of a search
-        if not any(cell.id in listed for cell in score.cells):
+        if not any(cell.path in listed for cell in score.cells):
             groups.of(score, score.sparsity)
+    masks = mask_sheet(cells, groups)
+    details += [masks] if masks else []
     drawings = tuple(replace(drawing, name=prefix + drawing.name) for drawing in draw_all(cells))
     return Part(cells[0].model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
 
 
 def cautions(parts: Iterable[Part]) -> Iterator[str]:
     """Sentences about numbers that average over cells that are not alike, and about undefined scores."""
-    names = ("epochs", "batch_size", "lr", "seq_len", "data_sha256", "dev_rows")
+    names = ("steps", "batch_size", "lr", "seq_len", "data_sha256", "dev_rows")
     for part in parts:
         differing: dict[tuple[str, ...], list[str]] = {}
         for group in part.groups:

@@ -171,9 +171,9 @@ def against_distance(cells: Sequence[CellResult]) -> Drawing:
             _, xs, ys = numpy.array(sorted(along)).T
             panel.plot(xs, ys, color=chosen[method].colour, linewidth=0.8, alpha=0.5)
         _scatter(panel, known, chosen)
-        panel.set_xlim(left=-0.02)
+        panel.set_xlim(-0.02, 0.02 + 1.06 * max((x for x, _ in known), default=1.0))
 
-    axes = {"mask distance from OMP (1 - Jaccard similarity)": _origin("distance_from_omp")}
+    axes = {"distance from OMP (1 - Jaccard)": _origin("distance_from_omp")}
     name, title = "score-against-distance", "Distance from the OMP mask against downstream score"
     with style():
         figure, words = _grid(cells, axes, draw, lambda points, number: bool(_known(points, number)))

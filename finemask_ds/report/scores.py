@@ -82,6 +82,7 @@ class MaskPoint:
     cell: CellResult
     """Any cell of the mask, for method, seed, steps and origin."""
     mean: float
+    tasks: tuple[Column, ...]
 
 
 def spread(cells: Iterable[CellResult], value: Callable[[CellResult], float | None]) -> Spread:
@@ -107,11 +108,15 @@ def _moments(units: Sequence[float]) -> tuple[float | None, float | None]:
     return mean, statistics.stdev(units) if len(units) > 1 else None
 
 
-def scores(cells: Iterable[CellResult]) -> list[Score]:
-    """One score for each method, sparsity, number of search steps, task and number of samples, in a fixed order."""
+def scores(cells: Iterable[CellResult], *, by_steps: bool = True) -> list[Score]:
+    """One score for each method, sparsity, number of search steps, task and number of samples, in a fixed order.
+
+    Without ``by_steps`` a cell whose search is not known yet stands beside those that are done.
+    """
     groups: dict[tuple[str, float | None, int | None, str, int], list[CellResult]] = {}
     for cell in cells:
-        key = (cell.method, cell.sparsity, cell.search_steps, cell.task, cell.num_samples)
+        steps = cell.search_steps if by_steps else None
+        key = (cell.method, cell.sparsity, steps, cell.task, cell.num_samples)
         groups.setdefault(key, []).append(cell)
     answer = [_score(group) for group in groups.values()]
     return sorted(answer, key=lambda s: (s.sparsity or 0, method_key(s.method), s.search_steps or 0, task_key(s.task),
@@ -120,7 +125,8 @@ def scores(cells: Iterable[CellResult]) -> list[Score]:
 
 def _score(cells: Sequence[CellResult]) -> Score:
     found, one = spread(cells, lambda cell: cell.value), cells[0]
-    return Score(found.mean, found.sd, found.n, found.over, one.method, one.sparsity, one.search_steps, one.task,
+    steps = next((cell.search_steps for cell in cells if cell.search_steps is not None), None)
+    return Score(found.mean, found.sd, found.n, found.over, one.method, one.sparsity, steps, one.task,
                  one.num_samples, tuple(sorted(cells, key=_cell_key)))  # fmt: skip
 
 
@@ -189,18 +195,13 @@ def board(cells: Sequence[CellResult], sparsity: float) -> Board:
     """The table of one sparsity, of one model's cells, with the full model's row."""
     columns = main_columns(cells, sparsity)
     here = [cell for cell in final(cells) if cell.sparsity == sparsity or not cell.mask_key]
-    found = {(s.method, (s.task, s.num_samples)): s for s in joined(here)}
+    found = {(s.method, (s.task, s.num_samples)): s for s in scores(here, by_steps=False)}
     found = {key: score for key, score in found.items() if key[1] in columns}
     methods = sorted({method for method, _ in found}, key=method_key)
     compared = [m for m in methods if any(found[m, c].done for c in columns if (m, c) in found)]
     common = [c for c in columns if all((m, c) in found and found[m, c].done for m in compared)] if compared else []
     averages = {m: _average([found[m, c] for c in common]) for m in compared} if len(common) > 1 else {}
     return Board(sparsity, tuple(methods), tuple(columns), found, averages, tuple(common))
-
-
-def joined(cells: Sequence[CellResult]) -> list[Score]:
-    """Scores where a cell whose search is not known yet stands beside those that are done."""
-    return scores([replace(cell, search_steps=None) for cell in cells])
 
 
 def average_over(board: Board, method: str, columns: Sequence[Column]) -> Average | None:
@@ -242,7 +243,7 @@ def mask_points(cells: Sequence[CellResult], columns: Sequence[Column]) -> tuple
         means.append((group[0], {column: statistics.fmean(values) for column, values in by_task.items()}))
     tasks = [column for column in columns if 2 * sum(column in found for _, found in means) >= len(means) > 0]
     points = [
-        MaskPoint(cell, statistics.fmean(found[task] for task in tasks))
+        MaskPoint(cell, statistics.fmean(found[task] for task in tasks), tuple(tasks))
         for cell, found in means
         if tasks and all(task in found for task in tasks)
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.collect import CellResult
 from finemask_ds.report.figures import percent, title_of, unit_of
-from finemask_ds.report.scores import Average, Board, Score, Spread
+from finemask_ds.report.scores import Average, Board, MaskPoint, Score, Spread
 
 MISSING = "–"  # noqa: RUF001 - a dash, as tables have it
 UNDEFINED = "†"
@@ -59,22 +59,35 @@ class Groups:
 
     def of(self, score: Score, sparsity: float | None) -> str:
         """The anchor of a score's cells."""
-        key = tuple(sorted(cell.id for cell in score.cells))
+        key = tuple(sorted(str(cell.path) for cell in score.cells))
         if key not in self.found:
             title = f"{name_of(score.method)}, {title_of(score.task, score.num_samples)}"
-            steps = score.cells[0].search_steps
+            steps = score.search_steps
             if score.method != "full":
                 title += f", {percent(sparsity)}" + (f", {steps:,} search steps" if steps else "")
-            anchor = f"{self.prefix}cells-{len(self.found) + 1}"
-            self.found[key] = Group(anchor, title, written(score), score.cells)
+            self._add(key, Group("", title, written(score), score.cells))
         return self.found[key].anchor
 
     def average(self, method: str, average: Average, sparsity: float) -> str:
         """The anchor of the list of an average's scores."""
         parts = tuple((self.of(score, sparsity), title_of(score.task, score.num_samples)) for score in average.scores)
         title = f"{name_of(method)}, average, {percent(sparsity)}"
+        return self._add(("average", method, str(sparsity)), Group("", title, written(average), parts=parts))
+
+    def mask(self, point: MaskPoint) -> str:
+        """The anchor of the list of the scores that a mask's cells are in."""
+        one = point.cell
+        parts = tuple(
+            (group.anchor, title_of(group.cells[0].task, group.cells[0].num_samples))
+            for group in self.found.values()
+            if any(c.mask_key == one.mask_key and (c.task, c.num_samples) in point.tasks for c in group.cells)
+        )
+        title = f"mask {one.mask}, average"
+        return self._add(("mask", one.mask_key), Group("", title, f"{100 * point.mean:.1f}", parts=parts))
+
+    def _add(self, key: tuple[str, ...], group: Group) -> str:
         anchor = f"{self.prefix}cells-{len(self.found) + 1}"
-        self.found["average", method, str(sparsity)] = Group(anchor, title, written(average), parts=parts)
+        self.found[key] = replace(group, anchor=anchor)
         return anchor
 
 
@@ -159,7 +172,7 @@ def fewer_samples(cells: Sequence[CellResult], board: Board, groups: Groups) -> 
     here = [c for c in statistic.final(cells) if c.sparsity == board.sparsity or not c.mask_key]
     asked = {(c.task, c.num_samples) for c in here if c.mask_key} - set(board.columns)
     columns = sorted(asked, key=lambda c: (statistic.task_key(c[0]), -c[1]))
-    found = {(s.method, (s.task, s.num_samples)): s for s in statistic.joined(here)}
+    found = {(s.method, (s.task, s.num_samples)): s for s in statistic.scores(here, by_steps=False)}
     methods = [m for m in board.methods if any((m, c) in found for c in columns)]
     if not columns:
         return None
@@ -221,7 +234,7 @@ def _other(board: Board, method: str, column: statistic.Column, value: _Value, g
     return Entry(written(found), over(found), groups.of(score, board.sparsity))
 
 
-def mask_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+def mask_sheet(cells: Sequence[CellResult], groups: Groups) -> Sheet | None:
     """A row per mask: what its search cost, how it pre-trains and what it scores; the numbers behind the figures."""
     rows = []
     for sparsity in statistic.sparsities(cells):
@@ -235,7 +248,7 @@ def mask_sheet(cells: Sequence[CellResult]) -> Sheet | None:
             shown += [Entry(MISSING)] * (4 - len(shown))
             rows.append((name_of(cell.method), (
                 Entry(percent(sparsity)), Entry(_plain(cell.mask_seed)), Entry(_plain(steps)), *shown,
-                Entry(f"{100 * point.mean:.1f}"), Entry(cell.mask or MISSING),
+                Entry(f"{100 * point.mean:.1f}", anchor=groups.mask(point)), Entry(cell.mask or MISSING),
             )))  # fmt: skip
     header = ("method", "sparsity", "seed", "search steps", "search seconds", "MLM dev loss", "KD dev loss",
               "distance from OMP", "average score", "file")  # fmt: skip

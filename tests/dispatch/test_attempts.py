@@ -13,6 +13,7 @@ from finemask_ds.dispatch.attempt import Attempt, Claim, attempts_of, claim
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.survey import Standing, State, look
 from finemask_ds.dispatch.worker import work
+from finemask_ds.errors import UserError
 from finemask_ds.lock import process_name
 from tests.dispatch.toys import cell
 
@@ -99,6 +100,8 @@ def test_a_worker_runs_only_the_cells_it_is_given_and_ends_after_an_error_of_the
     assert work(tmp_path, run_cell, cells=["two", "three"]) == 0
     assert work(tmp_path, run_cell, cells=["two", "three"]) == 0
     assert ran == ["two", "three"]
+    with pytest.raises(UserError, match=f"^--cell four is not in the plan {tmp_path}; finemask status"):
+        work(tmp_path, run_cell, cells=["one", "four"])
     assert look(plan.folder(plan.cells[1]), "mrpc", 0, 60.0).error == "ZeroDivisionError: a bug"
 
 

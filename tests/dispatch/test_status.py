@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,13 @@ from finemask_ds.run import write_json
 from tests.conftest import REPOSITORY
 from tests.dispatch.toys import WAIT_SEC
 
-SHOW = "import sys; from pathlib import Path; from finemask_ds.dispatch.status import show_status; show_status(Path(sys.argv[1])); print('torch' in sys.modules)"  # fmt: skip
+SHOW = """
+import sys
+from pathlib import Path
+from finemask_ds.dispatch.status import show_status
+show_status(Path(sys.argv[1]))
+print("torch" in sys.modules)
+"""
 
 
 @pytest.fixture
@@ -54,8 +62,8 @@ def test_a_pipe_gets_one_plain_table(plan):
     assert ("mrpc", "omp", "1", "-", "-", "2", "3") in rows
     assert ("cola", "omp", "-", "1", "1", "1", "3") in rows
     assert ("total", "1", "1", "1", "3", "6") in rows
-    assert "1 of 6 cells are done, 1 running, about 6.7 min left\n" in output
-    assert f"\n  running: on {os.uname().nodename}, pid {os.getpid()} for 0 s\n" in output
+    assert re.search(r"1 of 6 cells are done, 1 running, about \d\.\d min left\n", output)
+    assert re.search(rf"\n  running: on {os.uname().nodename}, pid {os.getpid()} for \d+ s\n", output)
     path = plan.folder(plan.cells[2]) / "attempt-2" / "failed.json"
     assert f"failed: the loss is [red]NaN[/red]\\x1b[2J ({path}, log logs/slot-0.log)" in output
     assert "again, tried again: the loss is" in output
@@ -82,17 +90,22 @@ def test_a_terminal_gets_a_live_table_until_all_is_done(plan):
     process = subprocess.Popen([sys.executable, "-c", SHOW, plan.root], stdout=slave, cwd=REPOSITORY, env={
         **os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"})  # fmt: skip
     os.close(slave)
-    output = b""
-    while b"1 of 6 cells" not in output:
-        output += os.read(master, 1 << 16)
+    read_until(master, b"1 of 6 cells are done")
     for cell in plan.cells:
         write_json(plan.folder(cell) / "result.json", {"task": cell.task, "score": 0.5})
-    while b"6 of 6 cells are done" not in output:
-        output += os.read(master, 1 << 16)
-    while b"False" not in output:
-        output += os.read(master, 1 << 16)
+    read_until(master, b"6 of 6 cells are done")
+    read_until(master, b"False")
     assert process.wait(WAIT_SEC) == 0
     os.close(master)
+
+
+def read_until(terminal: int, expected: bytes) -> None:
+    output = b""
+    while expected not in output:
+        assert select.select([terminal], [], [], WAIT_SEC)[0], output
+        piece = os.read(terminal, 1)  # no more than is looked for
+        assert piece, output
+        output += piece
 
 
 def test_a_folder_without_a_plan_is_a_sentence(tmp_path):

@@ -26,7 +26,8 @@ def write_mask(path: Path, method: str | None = "tamt-kd", seed: int = 1) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     provenance = {"seed": seed} if method is None else {"method": method, "seed": seed}
     bits = {"m.bits": numpy.full((2, 1), seed, dtype=numpy.uint8)}
-    save_file(bits, path, {"format": "finemask", "provenance": json.dumps(provenance)})
+    about = {"shapes": '{"a": [2, 3]}', "sha256": json.dumps(seed), "provenance": json.dumps(provenance)}
+    save_file(bits, path, {"format": "finemask", **about})
     return path
 
 

@@ -18,7 +18,8 @@ def test_states_of_a_plans_cells(holes):
     for (method, task, mask_seed, seed), state in HOLES.items():
         (cell,) = [c for c in final if (c.method, c.task, c.mask_seed, c.seed) == (method, task, mask_seed, seed)]
         assert cell.state == ("done" if state == "undefined" else state)
-        assert (cell.score is None) and (cell.undefined == ("constant predictions" if cell.done else None))
+        assert cell.score is None
+        assert cell.undefined == ("constant predictions" if cell.done else None)
         assert ("<script>" in cell.error) == (state == "failed")
     assert sum(not cell.done for cell in cells) == sum(state != "undefined" for state in HOLES.values())
 
@@ -69,8 +70,10 @@ def test_checkpoints_and_foreign_folders_are_passed_by(tmp_path):
     assert (len(collect([tmp_path]).cells), collect([tmp_path]).left_out) == (before, ())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "finetune"}', '{"kind": "finetune", "task": "x", "sparsity": []}',
-                                  "\x00\xff"])  # fmt: skip
+BROKEN = ("{", "[]", '{"kind": "finetune"}', '{"kind": "finetune", "task": "x", "sparsity": []}', "\x00\xff")
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_result_is_named_and_its_cell_missing(tmp_path, text):
     fakes = small(tmp_path)
     path = tmp_path / "cells" / fakes.planned[0]["id"] / "result.json"
@@ -103,5 +106,5 @@ def test_a_plan_without_any_result(tmp_path):
 def test_nothing_to_report_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds no plan, fine-tuning or search"):
         collect([tmp_path])
-    with pytest.raises(UserError, match="there is no .*absent"):
+    with pytest.raises(UserError, match=r"there is no .*absent"):
         collect([tmp_path / "absent"])

@@ -11,6 +11,7 @@ import pytest
 
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.collect import collect
+from finemask_ds.report.tables import MISSING
 from finemask_ds.report.write import write_report
 from tests.report.fakes import HOLES, Fakes, long_names, small
 
@@ -167,7 +168,7 @@ def test_markdown_has_the_same_numbers_and_links(report, collection):
         found = [board.scores[method, column] for column in board.columns] + [board.averages[method]]
         for score, place in zip(found, line[1:], strict=True):
             if score.mean is None:
-                assert "–" in place
+                assert MISSING in place
             else:
                 mean, sd, n = re.search(r"([\d.]+) ± ([\d.]+).*n = (\d)", place).groups()
                 assert (mean, sd, int(n)) == (f"{100 * score.mean:.1f}", f"{100 * score.sd:.1f}", score.n)
