@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from finemask_ds.errors import UserError
@@ -47,6 +47,12 @@ def parser_for(config_class: type[Any]) -> Parser:
     summary = (config_class.__doc__ or "").split("\n")[0]
     parser = Parser(description=summary, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    add_options(parser, config_class)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
+    """Add a configuration's fields to a parser."""
     for field in dataclasses.fields(config_class):
         help_text = field.metadata["help"]
         unit, source = field.metadata["unit"], field.metadata["source"]
@@ -59,7 +65,17 @@ def parser_for(config_class: type[Any]) -> Parser:
             nargs="+" if many else None, metavar="|".join(field.metadata["choices"]) or field.name.upper(),
             help=_wrapped(details).replace("%", "%%"),
         )  # fmt: skip
-    return parser
+
+
+def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:
+    """The configuration of parsed options; others beside its fields are left alone.
+
+    Raises:
+        UserError: for a value that cannot be.
+    """
+    fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    chosen = {name: value for name, value in options.items() if name in fields}
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
 def parse(config_class: type[C], argv: Sequence[str]) -> C:
@@ -68,9 +84,7 @@ def parse(config_class: type[C], argv: Sequence[str]) -> C:
     Raises:
         UserError: for an unknown option or a value that cannot be.
     """
-    options = vars(parser_for(config_class).parse_args(list(argv)))
-    options.pop("local_rank")
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+    return from_options(config_class, vars(parser_for(config_class).parse_args(list(argv))))
 
 
 def _type(config_class: type[Any], name: str) -> type:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,14 @@ ENVIRONMENT = {
 }
 
 
-def python(script: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"launcher/{script}", *options]
+def python(
+    script: str, *options: str, command: Sequence[str] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launcher with its options, or another ``command`` of this interpreter."""
+    command = [f"launcher/{script}", *options] if command is None else command
     return subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True,
-        timeout=300, check=False,
+        [sys.executable, *command], cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from finemask_ds.config.finetune import CellKnobs, FinetuneConfig, SweepConfig
 from finemask_ds.config.knobs import VOLATILE, Config, knob
+from finemask_ds.config.recipes import TamtRecipeConfig
 from finemask_ds.config.search import (
     PAPER_INTERVAL_STEPS,
     PAPER_SCHEDULE_STEPS,
@@ -30,6 +31,7 @@ __all__ = [
     "SearchConfig",
     "SweepConfig",
     "TamtConfig",
+    "TamtRecipeConfig",
     "TrainingConfig",
     "knob",
 ]

@@ -28,7 +28,8 @@ class CellKnobs(Config):
     micro_batch_size: int = knob(0, "rows per forward on one rank; 0: all of the rank's at once", unit="rows")
     eval_batch_size: int = knob(64, "dev rows per forward on one rank", unit="rows")
     seq_len: int | None = knob(None, "most tokens of an input, longer ones are cut (a long context becomes windows); "
-                               "default by task", unit="tokens", source=_TABLE_1)  # fmt: skip
+                               "default by task, at most the model's positions", unit="tokens",
+                               source=_TABLE_1)  # fmt: skip
     lr: float | None = knob(None, "peak learning rate, falling linearly to 0; default by task", source=_TABLE_1)
     warmup_steps: int = knob(0, "steps of the linear rise to the peak rate", unit="steps", source="authors' code")
     dropout: float | None = knob(None, "dropout of hidden states, attention and head; default: the checkpoint's own")

@@ -55,6 +55,8 @@ class Cell:
     """As in the mask's provenance; ``full`` without a mask."""
     mask_sha256: str | None = None
     """Of the mask's file when the cell was planned."""
+    mask_bits: str | None = None
+    """`MaskFacts.bits` of the mask."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], described: MaskFacts | None = None) -> Cell:
@@ -76,14 +78,15 @@ class Cell:
         options = {"seed": defaults["seed"], **options}
         options = {key: value for key, value in options.items() if key in named or value != defaults[key]}
         content = {key: value for key, value in options.items() if key not in FinetuneConfig.volatile}
-        method, sha256 = "full", None
+        method, sha256, bits = "full", None, None
         if options.get("mask"):
             options["mask"] = str(mask_file(options["mask"]))
             facts = described or describe_mask(options["mask"])
-            method, sha256, content["mask"] = facts.method, facts.sha256, facts.bits
+            method, sha256, bits = facts.method, facts.sha256, facts.bits
+            content["mask"] = bits
         start = re.sub(r"[^\w.+-]+", "-", f"{options['task']}-{method}-seed{options['seed']}")
         digest = content_hash(json.dumps(content, sort_keys=True))[:8]
-        return cls(f"{start}-{digest}", options, method, sha256)
+        return cls(f"{start}-{digest}", options, method, sha256, bits)
 
     @property
     def task(self) -> str:
@@ -120,9 +123,10 @@ class Plan:
             merged = {cell.id: cell for cell in (*before, *cells)}
             plan = cls(root, tuple(merged.values()), retries, stale_sec)
             listed = [
-                {"id": cell.id, "method": cell.method, "mask_sha256": cell.mask_sha256, "options": dict(cell.options)}
+                {"id": cell.id, "method": cell.method, "mask_sha256": cell.mask_sha256, "mask_bits": cell.mask_bits,
+                 "options": dict(cell.options)}
                 for cell in plan.cells
-            ]
+            ]  # fmt: skip
             head = {"plan_version": PLAN_VERSION, "retries": retries, "stale_sec": stale_sec}
             write_json(root / "plan.json", {**head, "cells": listed})
         return plan
@@ -142,9 +146,10 @@ class Plan:
                 raise UserError(f"{path} is of version {value['plan_version']}, this program reads {PLAN_VERSION}: "
                                 "install the version of finemask_ds that wrote it")  # fmt: skip
             cells = tuple(
-                Cell(_folder_name(one["id"]), _with_task(one["options"]), str(one["method"]), one["mask_sha256"])
+                Cell(_folder_name(one["id"]), _with_task(one["options"]), str(one["method"]), one["mask_sha256"],
+                     one["mask_bits"])
                 for one in value["cells"]
-            )
+            )  # fmt: skip
             return cls(root, cells, int(value["retries"]), float(value["stale_sec"]))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{root} holds no plan.json: type the folder of a plan, such as runs/sweep") from error
@@ -220,7 +225,7 @@ def describe_mask(path: str | os.PathLike[str]) -> MaskFacts:
         if found.get("format") == "finemask":
             method = json.loads(found["provenance"]).get("method")
             bits = content_hash(found["shapes"], found["sha256"])
-            return MaskFacts(str(method or "imported"), sha256_of(path), bits)
+            return MaskFacts(str(method or "imported"), _sha256(path), bits)
     except FileNotFoundError as error:
         raise UserError(f"there is no mask file {path}: type the path of one, such as RUN/{_MASK}") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
@@ -228,7 +233,7 @@ def describe_mask(path: str | os.PathLike[str]) -> MaskFacts:
     raise UserError(f"{path} is no mask file: type the path of a file such as RUN/{_MASK}")
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
+def _sha256(path: str | os.PathLike[str]) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.dispatch.attempt import Claim, claim, whole_result
-from finemask_ds.dispatch.plan import Cell, Plan, sha256_of
+from finemask_ds.dispatch.plan import Cell, Plan, describe_mask
 from finemask_ds.dispatch.signals import Interrupted, Interruption
 from finemask_ds.dispatch.survey import State, Survey, survey
 from finemask_ds.errors import UserError
@@ -94,14 +94,8 @@ def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption
 
 def _check_mask(cell: Cell) -> None:
     mask = cell.options.get("mask")
-    if not mask or not cell.mask_sha256:
-        return
-    try:
-        found = sha256_of(mask)
-    except OSError as error:
-        raise UserError(f"cannot read the mask {mask} ({error.strerror}): put it back and dispatch again") from error
-    if found != cell.mask_sha256:
-        raise UserError(f"{mask} is another mask than when the plan was made: dispatch again, it is another cell now")
+    if mask and describe_mask(mask).bits != cell.mask_bits:
+        raise UserError(f"{mask} is another mask than when the plan was made: dispatch again")
 
 
 def end_with(parent: int) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from finemask_ds.config import FinetuneConfig
 from finemask_ds.data.examples import check_data, has_split, load_split
@@ -96,7 +95,7 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     mask_file = MaskFile.read(config.mask) if config.mask else None
     downstream = load_downstream(model, kind=task.kind, labels=task.labels, dropout=config.dropout, seed=config.seed)
     mask = downstream.fitted(mask_file.mask, str(mask_file.path)) if mask_file else None
-    config = resolved(config, task)
+    config = resolved(config, task, downstream.max_positions)
     assert config.seq_len
     assert config.batch_size
     assert config.epochs
@@ -142,13 +141,12 @@ def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model:
             downstream.fitted(found.mask, str(found.path))
 
 
-def resolved(config: FinetuneConfig, task: Task) -> FinetuneConfig:
+def resolved(config: FinetuneConfig, task: Task, max_positions: int) -> FinetuneConfig:
     """The configuration with the task's own hyper-parameters where none are given."""
-    given: dict[str, Any] = {"task": task.name}
-    for name in ("epochs", "batch_size", "seq_len", "lr", "eval_every"):
-        value = getattr(config, name)
-        given[name] = getattr(task, name) if value is None else value
-    return replace(config, **given)
+    defaults = {name: getattr(task, name) for name in ("epochs", "batch_size", "lr", "eval_every")}
+    defaults["seq_len"] = min(task.seq_len, max_positions)
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return replace(config, task=task.name, **missing)
 
 
 def check_outputs(config: FinetuneConfig, task: Task) -> None:

@@ -1,10 +1,14 @@
-"""The main job on the built-in language: every method at 70 %, through the deepspeed launcher, in one table."""
+"""The main job on the built-in language: every method at 70 %, through the deepspeed launcher, and what it is worth.
+
+The searches end in a table of dev losses; then every subnetwork, and the full model, is fine-tuned on the five built-in
+tasks with two seeds, which ends in a table of scores and a page.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from finemask_ds.recipes.stages import Stage, run_stages, table
+from finemask_ds.recipes.stages import Stage, run_stage, run_stages, table
 
 SHARED = (
     *("--model", "builtin", "--data", "builtin", "--sparsity", "0.7", "--seq_len", "64", "--batch_size", "64"),
@@ -26,6 +30,15 @@ STAGES = (
 )
 
 
+def downstream(root: Path) -> Stage:
+    """The sweep over all masks that were found."""
+    masks = [str(stage.run(root).folder) for stage in STAGES if stage.searches]
+    return Stage("downstream", "dispatch.py", ("--model", "builtin", "--masks", *masks, "--seeds", "1", "2"), ranks=0)
+
+
 def main_job(root: Path) -> str:
-    """Run what is not done yet under ``root``; the table, and the line that opens TensorBoard."""
-    return f"{table(run_stages(STAGES, root, SHARED))}\n\nwatch the searches with: tensorboard --logdir {root}"
+    """Run what is not done yet under ``root``: the table of losses, of scores, and the line that opens TensorBoard."""
+    losses = table(run_stages(STAGES, root, SHARED))
+    print(f"\n{losses}\n", flush=True)
+    run_stage(downstream(root), root)
+    return f"watch the searches with: tensorboard --logdir {root}"

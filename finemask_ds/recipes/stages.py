@@ -38,13 +38,18 @@ class Stage:
     def command(self, root: Path, shared: Sequence[str], port: int) -> list[str]:
         """What a user would type, with a free port."""
         script = str(REPOSITORY / "launcher" / self.launcher)
-        options = [*self.options, *(shared if self.launcher != "pretrain.py" else ())]
+        options = [*self.options, *(shared if self.searches else ())]
         if self.launcher != "pretrain.py":
             options += ["--run", str(self.run(root).folder)]
         if not self.ranks:
             return ["python", script, *options]
         start = ["deepspeed", "--log_level", "error", "--num_gpus", str(self.ranks), "--master_port", str(port)]
         return [*start, script, "--deepspeed", str(REPOSITORY / f"configs/ds/zero{self.zero}.json"), *options]
+
+    @property
+    def searches(self) -> bool:
+        """Whether it finds a mask."""
+        return self.launcher not in ("pretrain.py", "dispatch.py")
 
     def run(self, root: Path) -> Run:
         """The stage's run directory (the built-in model is in the cache, for all runs of this machine)."""
@@ -54,11 +59,13 @@ class Stage:
         """Whether the stage has left its result."""
         if self.launcher == "pretrain.py":
             return builtin_folder(PretrainConfig()).exists()
-        return self.run(root).done("search")
+        # A sweep looks itself what is missing.
+        return self.searches and self.run(root).done("search")
 
 
 def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Run what is not done yet under ``root``; the results by stage, also in ``root/results.json`` and ``table.md``.
+    """Run what is not done yet under ``root``; the searches' results by stage, also in
+    ``root/results.json``.
 
     Args:
         stages: in order.
@@ -69,16 +76,25 @@ def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> di
         UserError: where a stage fails; the same command goes on from there.
     """
     for number, stage in enumerate(stages, 1):
-        if stage.is_done(root):
-            print(f"[{number}/{len(stages)}] {stage.name}: done", flush=True)
-            continue
-        command = stage.command(root, shared, _free_port())
-        print(f"[{number}/{len(stages)}] {stage.name}: {shlex.join(command)}", flush=True)
-        if (code := subprocess.run(command, env=_environment(stage.ranks), check=False).returncode) != 0:
-            raise UserError(f"stage {stage.name} ended with code {code}, see above; start the same command to go on")
-    results = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.run(root).result.exists()}
-    write_json(root / "results.json", results)
-    return results
+        run_stage(stage, root, shared, f"[{number}/{len(stages)}] ")
+    found = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.searches}
+    write_json(root / "results.json", found)
+    return found
+
+
+def run_stage(stage: Stage, root: Path, shared: Sequence[str] = (), label: str = "") -> None:
+    """Run one stage unless it is done.
+
+    Raises:
+        UserError: where it fails.
+    """
+    if stage.is_done(root):
+        print(f"{label}{stage.name}: done", flush=True)
+        return
+    command = stage.command(root, shared, _free_port())
+    print(f"{label}{stage.name}: {shlex.join(command)}", flush=True)
+    if (code := subprocess.run(command, env=_environment(stage.ranks), check=False).returncode) != 0:
+        raise UserError(f"stage {stage.name} ended with code {code}, see above; start the same command to go on")
 
 
 def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> str:

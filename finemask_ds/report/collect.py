@@ -206,12 +206,14 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def last_error(folder: Path) -> str:
-    """Traceback and error of a cell's last failed attempt, "" where none failed."""
+    """Traceback and error of a cell's last failed attempt, "" where none failed or it is to be tried again."""
     failures = sorted(folder.glob("attempt-*/failed.json"), key=lambda path: int(path.parent.name.split("-")[-1]))
     if not failures:
         return ""
     found = read_json(failures[-1])
-    trace, error = str(found.get("trace") or "").rstrip(), str(found.get("error") or "failed without a word")
+    if found.get("excused"):
+        return ""
+    trace, error = str(found.get("traceback") or "").rstrip(), str(found.get("error") or "failed without a word")
     return trace if trace.endswith(error) else f"{trace}\n{error}".lstrip()
 
 

@@ -57,12 +57,18 @@ class Content:
 
 def put_together(collection: Collection, out: Path) -> Content:
     """Tables, figures and facts of what was collected, for a report in the folder ``out``."""
+    by_model = cells_by_model(collection)
+    parts = tuple(_part(cells, f"m{index}-" if index else "") for index, cells in enumerate(by_model.values()))
+    unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
+    return Content(tuple(facts(collection)), tuple(cautions(parts)), collection.left_out, parts, unfinished, out)
+
+
+def cells_by_model(collection: Collection) -> dict[str, list[CellResult]]:
+    """The cells of each backbone, which are never averaged with those of another; models by name."""
     by_model: dict[str, list[CellResult]] = {}
     for cell in statistic.with_variants(collection.cells):
         by_model.setdefault(cell.model, []).append(cell)
-    parts = tuple(_part(by_model[model], f"m{index}-" if index else "") for index, model in enumerate(sorted(by_model)))
-    unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
-    return Content(tuple(facts(collection)), tuple(cautions(parts)), collection.left_out, parts, unfinished, out)
+    return dict(sorted(by_model.items()))
 
 
 def _part(cells: Sequence[CellResult], prefix: str) -> Part:

@@ -13,7 +13,7 @@ from finemask_ds.data.tasks import TASKS
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.collect import CellResult
 from finemask_ds.report.scores import Board, Score, method_key
-from finemask_ds.report.style import INK, Look, blank, legend, looks, panels, style, wrap
+from finemask_ds.report.style import INK, Look, blank, legend, looks, panels, style, whole_ticks, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,6 +211,7 @@ def learning_curves(cells: Sequence[CellResult], sparsity: float) -> Drawing:
                 look = chosen[method]
                 panel.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker,
                            markevery=max(1, len(x) // 6))  # fmt: skip
+            whole_ticks(panel)
             panel.set(title=title_of(*column), xlabel="step", ylabel=metric_of(cells, column[0]))
         legend(figure, methods, chosen)
     return Drawing(name, title, "Mean over masks and seeds at the steps that all cells of a method have.", figure)

@@ -14,7 +14,7 @@ from finemask_ds.report.figures import Drawing, percent, title_of
 from finemask_ds.report.heatmap import heatmap
 from finemask_ds.report.origins import find_mask
 from finemask_ds.report.scores import Column, MaskPoint, base_method, method_key
-from finemask_ds.report.style import Look, blank, legend, looks, panels, spearman, style, wrap
+from finemask_ds.report.style import Look, blank, legend, looks, panels, spearman, style, whole_ticks, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,6 +143,8 @@ def against_cost(cells: Sequence[CellResult]) -> Drawing:
             if level:
                 panel.axhline(float(numpy.mean(level)), color=chosen[method].colour, linestyle=chosen[method].line)
         panel.set_xlim(left=0)
+        if number is _steps:
+            whole_ticks(panel)
 
     axes = {"steps of the search": _steps, "seconds of the search": _origin("seconds")}
     name, title = "score-against-cost", "Downstream score against the cost of the search"
@@ -150,8 +152,8 @@ def against_cost(cells: Sequence[CellResult]) -> Drawing:
         figure, words = _grid(cells, axes, draw, lambda points, number: bool(_searched(points, number)),
                               _NO_SEARCH)  # fmt: skip
     if figure is None:
-        return Drawing(name, title, "Needs fine-tuned masks of a search (TAMT or IMP), best also masks taken on its "
-                       "way or searches of several lengths.")  # fmt: skip
+        return Drawing(name, title, "Needs fine-tuned masks of a search (TAMT or IMP), best also masks kept on its "
+                       "way (--keep_every) or searches of several lengths.")  # fmt: skip
     return Drawing(name, title, f"Lines join masks taken on the way or after searches of several lengths; bands and "
                    f"bars are one standard deviation over masks; OMP and random, which cost no step, are horizontal. "
                    f"{words} As Figure 6 of TAMT.", figure)  # fmt: skip
@@ -179,8 +181,8 @@ def against_distance(cells: Sequence[CellResult]) -> Drawing:
         figure, words = _grid(cells, axes, draw, lambda points, number: bool(_known(points, number)))
     if figure is None:
         return Drawing(name, title, "Needs fine-tuned masks whose searches left their result.json.")
-    return Drawing(name, title, f"A point per mask; thin lines join the masks on the way of one search. {words} As the "
-                   f"left of Figure 8 of TAMT.", figure)  # fmt: skip
+    return Drawing(name, title, f"A point per mask; thin lines join one method and seed from step to step. {words} As "
+                   f"the left of Figure 8 of TAMT.", figure)  # fmt: skip
 
 
 def similarity(cells: Sequence[CellResult], sparsity: float) -> Drawing:

@@ -48,23 +48,25 @@ _LOOKS = {
     "random": Look("#7F7F7F", "X", (0, (1, 1.5))),
 }
 
-_OTHERS = (
-    Look("#56B4E9", "v", "-"),
-    Look("#8C564B", "<", (0, (6, 2))),
-    Look("#B8A000", ">", (0, (3, 2))),
-    Look("#9467BD", "h", (0, (1, 1.5))),
-)
-"""For variants and methods of others; the first seven are from Okabe and Ito's palette."""
+_OTHER_COLOURS = ("#56B4E9", "#8C564B", "#B8A000", "#9467BD")
+_OTHER_MARKERS = ("v", "<", ">", "h", "d", "8", "H")
+"""For variants and methods of others, combined; the colours above but black are from Okabe and Ito's palette."""
 
 
 def looks(cells: Iterable[CellResult]) -> dict[str, Look]:
     """A look for each method of all the cells: the known ones are the same in every report."""
     found: dict[str, Look] = {}
+    taken: set[str] = set()
+    others = 0
     for method in sorted({cell.method for cell in cells}, key=method_key):
         known = base_method(method)
-        first = known in _LOOKS and all(base_method(other) != known for other in found)
-        others = sum(look in _OTHERS for look in found.values())
-        found[method] = _LOOKS[known] if first else _OTHERS[others % len(_OTHERS)]
+        if known in _LOOKS and known not in taken:
+            found[method] = _LOOKS[known]
+        else:
+            colour = _OTHER_COLOURS[others % len(_OTHER_COLOURS)]
+            found[method] = Look(colour, _OTHER_MARKERS[others % len(_OTHER_MARKERS)], (0, (4, 1 + others % 3)))
+            others += 1
+        taken.add(known)
     return found
 
 
@@ -117,6 +119,13 @@ def legend(
         widest = max(len(method) for method in methods)
         figure.legend(handles=keys, loc="outside upper center", ncols=7 if widest < 14 else 3 if widest < 40 else 1,
                       handlelength=3.2 if lines else 1.5, columnspacing=1.6)  # fmt: skip
+
+
+def whole_ticks(panel: Axes) -> None:
+    """Ticks of steps, which have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def blank(grid: Sequence[Sequence[Axes]], used: int) -> list[Axes]:

@@ -100,7 +100,8 @@ def written(found: Spread) -> str:
     """``71.3 ± 0.4``, a score of 1 being 100; without a deviation where there is one value."""
     if found.mean is None:
         return MISSING
-    return f"{100 * found.mean:.1f}" + (f" ± {100 * found.sd:.1f}" if found.sd is not None else "")
+    mean = round(100 * found.mean, 1) + 0.0  # never -0.0
+    return f"{mean:.1f}" + (f" ± {100 * found.sd:.1f}" if found.sd is not None else "")
 
 
 def over(found: Spread) -> str:

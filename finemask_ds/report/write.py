@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.collect import CellResult, collect
-from finemask_ds.report.content import put_together
+from finemask_ds.report.content import cells_by_model, put_together
 from finemask_ds.report.heatmap import save_png
 from finemask_ds.report.page import html, markdown_text
 from finemask_ds.report.style import style
+from finemask_ds.report.table import aligned
+from finemask_ds.report.tables import Groups, main_sheet
 from finemask_ds.run import atomic_write
+
+_OURS = r"(m\d+-)?(score-(against|by)|similarity|scarcity|curves)-[\w.]+\.png"
+"""Names of figures; no other file is ever taken away."""
 
 _NOT_PLAIN = ("curve", "versions", "origin", "error")
 
@@ -49,13 +55,30 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, l
                 kept.add(path)
                 with style():
                     save_png(drawing.figure, path)
-    for path in (out / "figures").glob("*.png"):  # of a report on other results in the same folder
-        if path not in kept:
+    for path in (out / "figures").glob("*.png"):  # of an earlier report in the same folder
+        if path not in kept and re.fullmatch(_OURS, path.name):
             path.unlink()
     for name, text in (("report.md", markdown_text(content)), ("index.html", html(content))):
         with atomic_write(out / name) as stream:
             stream.write(text)
     return out / "index.html", list(collection.left_out)
+
+
+def score_tables(runs: Sequence[Path]) -> str:
+    """The tables of scores alone, aligned for a terminal; the numbers are the report's.
+
+    Raises:
+        UserError: where nothing is found.
+    """
+    lines = []
+    for model, cells in cells_by_model(collect(runs)).items():
+        for sparsity in statistic.sparsities(cells):
+            sheet = main_sheet(statistic.board(cells, sparsity), Groups(""))
+            rows = [
+                [name, *(f"{e.text} ({e.small})" if e.small else e.text for e in found)] for name, found in sheet.rows
+            ]
+            lines += [f"{sheet.title} ({model})", aligned(sheet.header, rows), ""]
+    return "\n".join(lines)
 
 
 def _cell_names() -> list[str]:

@@ -52,6 +52,7 @@ def test_all_is_run_once_and_again_only_what_is_missing(tmp_path):
     assert workers_of(plan) == []
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_retried_then_given_up_and_its_traceback_kept(tmp_path):
     cells = [cell("bad", do="fail"), cell("once", do="fail", on=[1]), cell("refused", do="refuse"), cell("good")]
     plan = Plan.write(tmp_path / "plan", cells, retries=2)
@@ -108,6 +109,7 @@ def test_a_worker_killed_from_outside_in_mid_cell(tmp_path):
     assert states(plan) == {"held": "done", "other": "done"}
 
 
+@pytest.mark.slow
 def test_two_dispatchers_on_one_plan_never_run_a_cell_twice_at_a_time(tmp_path):
     cells = [cell(f"cell-{number}", seconds=0.05, do="fail", on=[1] if number % 3 == 0 else []) for number in range(12)]
     plan = Plan.write(tmp_path / "plan", cells)
@@ -248,7 +250,7 @@ def test_a_mask_that_vanishes_or_changes_fails_its_cell_and_the_rest_finishes(tm
     dispatch(plan)
     assert list(states(plan).values()) == ["failed", "failed", "done"]
     assert failure(plan, cells[0].id, 1)["error"].startswith(f"cannot read the mask {masks[0]} (No such file")
-    assert failure(plan, cells[1].id, 1)["error"].startswith(f"{masks[1]} is another mask than when the plan was made")
+    assert failure(plan, cells[1].id, 1)["error"].startswith(f"{masks[1]} is another file than when the plan was made")
 
 
 def test_a_broken_result_counts_as_none(tmp_path):

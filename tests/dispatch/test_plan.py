@@ -26,6 +26,11 @@ def test_an_id_follows_from_contents_alone(tmp_path):
     assert Cell.of({"task": "mrpc", "mask": moved, "seed": 2}).id == one.id
     assert Cell.of({"seed": 2, "mask": str(tmp_path / "one"), "task": "MRPC"}) == one, "folder of a search, other words"
 
+    write_mask(mask, finemask_ds="0.2")
+    made_again = Cell.of({"task": "mrpc", "mask": str(mask), "seed": 2})
+    assert made_again.id == one.id, "the same bits, found by another version"
+    assert made_again.mask_sha256 != one.mask_sha256
+
     write_mask(mask, seed=9)
     other = Cell.of({"task": "mrpc", "mask": str(mask), "seed": 2})
     assert other.id != one.id, "another mask under the same name"

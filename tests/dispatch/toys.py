@@ -11,23 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-from safetensors.numpy import save_file
-
 from finemask_ds.dispatch.plan import Cell, Plan
+from finemask_ds.masks.files import save_mask
+from finemask_ds.masks.mask import Mask
 from tests.conftest import REPOSITORY
 
 HERE = Path(__file__).parent
 WAIT_SEC = 60.0
 
 
-def write_mask(path: Path, method: str | None = "tamt-kd", seed: int = 1) -> Path:
-    """A file with the header of a mask; dispatch looks no further."""
+def write_mask(path: Path, method: str | None = "tamt-kd", seed: int = 1, **provenance: Any) -> Path:
+    """A mask file whose bits follow from the seed alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {"seed": seed} if method is None else {"method": method, "seed": seed}
-    bits = {"m.bits": numpy.full((2, 1), seed, dtype=numpy.uint8)}
-    about = {"shapes": '{"a": [2, 3]}', "sha256": json.dumps(seed), "provenance": json.dumps(provenance)}
-    save_file(bits, path, {"format": "finemask", **about})
+    told = provenance if method is None else {"method": method, **provenance}
+    save_mask(path, Mask.random({"m": (8, 8)}, 0.5, seed).with_provenance(told))
     return path
 
 

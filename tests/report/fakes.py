@@ -82,7 +82,7 @@ class Fakes:
         if state == "failed":
             error = "MemoryError: <script>alert(1)</script> full"
             trace = f'Traceback (most recent call last):\n  File "train.py"\n{error}\n'
-            write(folder / "attempt-1" / "failed.json", {"error": error, "trace": trace})
+            write(folder / "attempt-1" / "failed.json", {"error": error, "traceback": trace})
             return folder
         rows = num_samples or {"cola": 8551, "sst2": 20000, "mrpc": 3668, "stsb": 5749}.get(task, 10000)
         if score is None:

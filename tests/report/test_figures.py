@@ -185,6 +185,15 @@ def test_known_methods_look_the_same_in_every_report_and_no_two_alike(cells, tmp
         assert len({getattr(look, part) for look in many.values()}) == len(many)
 
 
+def test_many_methods_of_others_look_different(tmp_path):
+    fakes = Fakes(tmp_path)
+    path = next(iter(fakes.search("x", 0.7, 1).values()))
+    for number in range(20):
+        fakes.cell("mrpc", path, method=f"tamt-kd (phi {number})", sparsity=0.7, mask_fingerprint=str(number))
+    found = looks(collect([tmp_path]).cells).values()
+    assert len({(look.colour, look.marker) for look in found}) == len(found) == 20
+
+
 def test_names_that_matplotlib_would_obey_are_drawn_as_they_are(tmp_path):
     fakes = Fakes(tmp_path)
     for method in ("_hidden", "$\\frac{"):

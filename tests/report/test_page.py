@@ -12,7 +12,7 @@ import pytest
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.collect import collect
 from finemask_ds.report.tables import MISSING
-from finemask_ds.report.write import write_report
+from finemask_ds.report.write import score_tables, write_report
 from tests.report.fakes import HOLES, Fakes, long_names, small
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -177,6 +177,16 @@ def test_markdown_has_the_same_numbers_and_links(report, collection):
     assert [line[0].strip() for line in lines if "**" in line[-1]] == [best]
 
 
+def test_the_terminals_tables_have_the_same_numbers(holes, report):
+    markdown = (report / "report.md").read_text()
+    lines = score_tables([holes]).splitlines()
+    assert [line for line in lines if line.startswith("Scores")] == [
+        f"Scores at {sparsity} % sparsity (builtin)" for sparsity in (50, 70)]  # fmt: skip
+    numbers = re.findall(r"\d+\.\d ± \d+\.\d", "".join(lines))
+    assert len(numbers) > 40
+    assert set(numbers) <= set(re.findall(r"\d+\.\d ± \d+\.\d", markdown))
+
+
 def test_csv_files_parse_back_to_the_same_values(report, collection):
     cells = {row["id"]: row for row in rows_of(report / "cells.csv")}
     assert cells.keys() == {cell.id for cell in collection.cells}
@@ -203,8 +213,9 @@ def test_the_same_results_give_the_same_bytes_and_no_other_files(tmp_path):
         return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     first = contents()
-    (out / "figures" / "of-another-report.png").write_bytes(b"")
-    assert contents() == first
+    (out / "figures" / "scarcity-12.5.png").write_bytes(b"of an earlier report")
+    (out / "figures" / "mine.png").write_bytes(b"of the user")
+    assert contents() == {**first, "figures/mine.png": b"of the user"}
     names = {name for name in first if "/" not in name}
     assert names == {"index.html", "report.md", "cells.csv", "scores.csv"}
 
