@@ -22,7 +22,7 @@ from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.job import check_cells
 from finemask_ds.finetune.train import fine_tune
-from finemask_ds.report.write import write_report
+from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
 
@@ -62,7 +62,7 @@ def sweep(config: SweepConfig) -> str:
             f"{failed} of {len(plan.cells)} cells failed, see finemask status {root}; the same command tries them "
             f"again (what is done is in {page})"
         )
-    return "\n".join([(page.parent / "report.md").read_text(encoding="utf-8"), *left_out, f"page {page}"])
+    return "\n".join([score_tables([root, *searches]), *left_out, f"page {page}"])
 
 
 def search_then_sweep(config: SearchConfig) -> dict[str, Any]:

@@ -175,10 +175,10 @@ class Run:
         """The mask along a search after a step: masks/step-100.safetensors."""
         return self.folder / "masks" / f"step-{step}.safetensors"
 
-    def snapshots(self) -> list[Path]:
-        """All of them, by step."""
-        found = self.start_mask.parent.glob("step-*.safetensors")
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+    def masks_on_the_way(self) -> list[Path]:
+        """The snapshots by step, or the rungs by sparsity."""
+        found = [path for path in self.start_mask.parent.glob("*.safetensors") if path != self.start_mask]
+        return sorted(found, key=lambda path: float(path.stem.removeprefix("step-")))
 
     @property
     def head(self) -> Path:

@@ -126,8 +126,8 @@ def test_the_recipe_of_the_paper_runs_whole_in_miniature(
     ]  # fmt: skip
     ended = python("", command=command)
     assert ended.returncode == 0, ended.stderr
-    assert "10 searches, 14 masks to fine-tune" in ended.stdout
+    assert "12 searches, 14 masks to fine-tune" in ended.stdout
     assert len(results(tmp_path / "r/downstream")) == (14 + 1) * 2
     assert ended.stdout.count("no data") >= 3
     scores = read_json(tmp_path / "r/results.json")
-    assert len(scores) == 10
+    assert len(scores) == 12

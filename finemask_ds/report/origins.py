@@ -67,7 +67,7 @@ class Origins:
             }
             final = MaskOrigin(path=run.mask, **shared, **_figures(result))
             along = [
-                MaskOrigin(path=folder / shot["mask"], **shared, **_figures(shot))
+                MaskOrigin(path=folder / shot["mask"], **shared | _target(shot), **_figures(shot))
                 for shot in result.get("snapshots") or ()
             ]
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -125,6 +125,11 @@ def find_mask(mask: str, near: Path) -> Path | None:
 def _above(folder: Path) -> Iterator[Path]:
     yield Path.cwd()
     yield from folder.resolve().parents
+
+
+def _target(shot: Mapping[str, Any]) -> dict[str, Any]:
+    """A rung of IMP has a target of its own."""
+    return {"target_sparsity": shot["target_sparsity"]} if "target_sparsity" in shot else {}
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def conclude(setting: Setting, outcome: Outcome) -> dict[str, Any]:
     Dev losses are those of theta_0 * M with theta_0's own head and unmasked decoder, whatever the method trained, so
     that all methods are measured alike; with the trained head beside them.
     """
-    theta0, mask = setting.theta0(), outcome.mask
+    theta0, mask, run = setting.theta0(), outcome.mask, setting.run
     mask.check(theta0.shapes)
     dev = setting.dev_batches()
     has_head = theta0.has_head or setting.head is not None
@@ -38,29 +39,42 @@ def conclude(setting: Setting, outcome: Outcome) -> dict[str, Any]:
         "model": setting.search.model,
         "data": setting.search.data,
         "target_sparsity": setting.search.sparsity,
-        "sparsity": mask.sparsity(),
-        "distance_from_omp": mask.distance(omp_mask(theta0, setting.search)),
         "steps": outcome.steps,
         "seconds": outcome.seconds,
         "ranks": setting.world.size,
-        "dev": dev_losses(theta0, mask, dev, setting.world, mlm=has_head),
+        **_figures(setting, theta0, mask, setting.search.sparsity, dev, mlm=has_head),
         "dev_dense": dev_losses(theta0, None, dev, setting.world, mlm=has_head),
         "dev_trained_head": None,
     }
-    if kept := setting.world.on_first(lambda: [(path.name, load_mask(path)) for path in setting.run.snapshots()]):
-        result["snapshots"] = [
-            {
-                "mask": f"masks/{name}", "steps": at.provenance["steps"], "seconds": at.provenance["seconds"],
-                "sparsity": at.sparsity(), "distance_from_omp": at.distance(omp_mask(theta0, setting.search)),
-                "dev": dev_losses(theta0, at, dev, setting.world, mlm=has_head),
-            }
-            for name, at in kept
-        ]  # fmt: skip
+    on_the_way = setting.world.on_first(lambda: [(path.name, load_mask(path)) for path in run.masks_on_the_way()])
+    result["snapshots"] = [
+        {
+            "mask": f"masks/{name}", **{key: kept.provenance[key] for key in ("steps", "seconds", "target_sparsity")},
+            **_figures(setting, theta0, kept, kept.provenance["target_sparsity"], dev, mlm=has_head),
+        }
+        for name, kept in on_the_way
+        if kept.provenance["steps"] < outcome.steps
+    ]  # fmt: skip
     if outcome.head is not None:
         theta0.load_head(outcome.head)
         result["dev_trained_head"] = dev_losses(theta0, mask, dev, setting.world, mlm=True)
     setting.world.on_first(lambda: _write(setting, outcome, result))
     return result
+
+
+def _figures(
+    setting: Setting,
+    theta0: Pretrained,
+    mask: Mask,
+    target_sparsity: float,
+    dev: Sequence[Mapping[str, Tensor]],
+    *,
+    mlm: bool,
+) -> dict[str, Any]:
+    """What is measured of every mask alike."""
+    omp = omp_mask(theta0, replace(setting.search, sparsity=target_sparsity))
+    losses = dev_losses(theta0, mask, dev, setting.world, mlm=mlm)
+    return {"sparsity": mask.sparsity(), "distance_from_omp": mask.distance(omp), "dev": losses}
 
 
 def dev_losses(

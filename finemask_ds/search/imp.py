@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finemask_ds.config import ImpConfig
 from finemask_ds.engine.base import Engine, Group
 from finemask_ds.engine.loop import Span
-from finemask_ds.masks.files import load_mask, save_mask
+from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.schedule import ladder
 from finemask_ds.models.load import Pretrained
@@ -32,7 +32,7 @@ from finemask_ds.models.patch import (
     write_mask,
 )
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.outcome import Outcome, mask_provenance, trained_head
+from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
 from finemask_ds.search.selection import select_trained
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
@@ -63,7 +63,8 @@ def find_mask(setting: Setting) -> Outcome:
                 mask = prune(engine, mask, sparsity, config.scope)
                 write_mask(theta0.model, mask)
                 rewind(engine, weights, mask, to_theta0=config.rewind == "theta0")
-                save_rung(setting, mask, origin, sparsity)
+                rung_file = setting.run.rung_mask(sparsity)
+                keep_mask(setting, rung_file, mask, origin, sparsity, trainer.stopwatch.seconds)
                 trainer.save(origin, {"rung": rung})
             if sparsity == rungs[-1]:
                 break
@@ -109,12 +110,6 @@ def rewind(engine: Engine, theta0: Mapping[str, Tensor], mask: Mapping[str, Tens
     else:
         engine.edit([(name, _masked(value.cpu(), mask[name])) for name, value in engine.read(mask)])
     engine.reset_optimizer()
-
-
-def save_rung(setting: Setting, mask: Mask, steps: int, sparsity: float) -> None:
-    """Write a rung's mask, from the first rank."""
-    told = mask.with_provenance(mask_provenance(setting, steps, sparsity))
-    setting.world.on_first(lambda: save_mask(setting.run.rung_mask(sparsity), told))
 
 
 def backbone_parameters(theta0: Pretrained) -> dict[str, nn.Parameter]:

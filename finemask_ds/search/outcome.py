@@ -56,7 +56,7 @@ def mask_provenance(setting: Setting, steps: int, sparsity: float) -> dict[str, 
     }
 
 
-def save_snapshot(setting: Setting, mask: Mask, step: int, seconds: float) -> None:
-    """Write the mask along the search after ``step``, from the first rank (TAMT Sections 4.2.2 and 4.2.3)."""
-    told = {**mask_provenance(setting, step, setting.search.sparsity), "seconds": seconds}
-    setting.world.on_first(lambda: save_mask(setting.run.snapshot(step), mask.with_provenance(told)))
+def keep_mask(setting: Setting, path: Path, mask: Mask, steps: int, sparsity: float, seconds: float) -> None:
+    """Write a mask on the way of a search, from the first rank (TAMT Sections 4.2.2 and 4.2.3)."""
+    told = mask.with_provenance({**mask_provenance(setting, steps, sparsity), "seconds": seconds})
+    setting.world.on_first(lambda: save_mask(path, told))

@@ -25,7 +25,7 @@ from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.outcome import Outcome, save_snapshot, trained_head
+from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
 from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
@@ -49,7 +49,8 @@ def find_mask(setting: Setting) -> Outcome:
             masks.after_step(state["step"])
 
         def keep(step: int) -> None:
-            save_snapshot(setting, Mask(read_mask(theta0.model)), step, trainer.stopwatch.seconds)
+            mask = Mask(read_mask(theta0.model))
+            keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, trainer.stopwatch.seconds)
 
         watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
         trainer.run(

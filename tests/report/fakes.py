@@ -76,7 +76,9 @@ class Fakes:
         sha256 = hashlib.sha256(mask.read_bytes()).hexdigest() if mask else None
         options = {"task": task, "seed": seed, "model": "builtin", **({"mask": str(mask)} if mask else {}),
                    **({"num_samples": num_samples} if num_samples else {})}  # fmt: skip
-        self.planned.append({"id": name, "method": method, "mask_sha256": sha256, "options": options})
+        self.planned.append(
+            {"id": name, "method": method, "mask_sha256": sha256, "mask_bits": sha256, "options": options}
+        )
         if state == "missing":
             return folder
         if state == "failed":
