@@ -14,6 +14,7 @@ from finemask_ds.masks.files import load_mask
 from finemask_ds.run import Run
 from tests.engine import jobs as engine_jobs
 from tests.engine.test_checkpoints import contents
+from tests.finetune.test_cell import cell
 from tests.pool import RankPool
 from tests.search import jobs
 from tests.search.test_armour import DTYPES, assert_held, dtypes, logged, sixteen_bit
@@ -93,3 +94,17 @@ def test_selection_on_the_device_is_that_of_whole_matrices(
     config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, 3, objective="kd", batch_size=12)
     right = {"masks": True, "thresholds": True, "within": True, "binarized": True}
     assert gpu_rank.run(selected, config, scope) == [right]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_cell_on_the_device_keeps_its_zeros_and_learns(
+    toy_bert: Path, toy_tasks: Path, toy_mask: Path, tmp_path: Path, precision: str
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an accelerator, and torch sees none on this machine")
+    more = {"mask": str(toy_mask), "mixed_precision": precision, "steps": 60, "eval_every": 20}
+    result = cell(toy_bert, toy_tasks, tmp_path / "run", "cola", **more)
+    losses = [point["train_loss"] for point in result["curve"]]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    assert result["sparsity"] >= 0.69

@@ -72,14 +72,6 @@ def seconds_left(seen: Survey, workers: int = 1) -> float | None:
     return max(sum(left) / workers, max(left, default=0.0))
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}" if seconds < 10 * unit else f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s"
-
-
 def _done_seconds(seen: Survey) -> dict[str, float]:
     """Kind of cell -> mean seconds of those that are done."""
     measured: dict[str, list[float]] = defaultdict(list)

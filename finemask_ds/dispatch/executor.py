@@ -8,12 +8,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from finemask_ds.dispatch.estimate import duration, seconds_left, unmeasured
+from finemask_ds.dispatch.estimate import seconds_left, unmeasured
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
 from finemask_ds.dispatch.signals import Interruption
 from finemask_ds.dispatch.survey import State, Survey, survey
 from finemask_ds.errors import UserError
+from finemask_ds.units import duration
 
 STARTS_PER_SLOT = 5
 """So many workers may be started for a slot without a cell being finished or failing."""

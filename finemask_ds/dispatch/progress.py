@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from finemask_ds.dispatch.estimate import duration, seconds_left
+from finemask_ds.dispatch.estimate import seconds_left
 from finemask_ds.dispatch.plan import Cell
 from finemask_ds.dispatch.survey import Standing, State, Survey
 from finemask_ds.errors import abbreviated
+from finemask_ds.units import duration
 
 
 class Progress:

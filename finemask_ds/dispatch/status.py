@@ -12,10 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finemask_ds.dispatch.estimate import duration, seconds_left
+from finemask_ds.dispatch.estimate import seconds_left
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import plain
 from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.units import duration
 
 REFRESH_SEC = 2.0
 _SHOWN = 12

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING
 
 from finemask_ds.engine.metrics import Destination
+from finemask_ds.units import duration, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -86,17 +87,3 @@ def _start_bar(stream: IO[str], total: int, start: int) -> Progress:
     bar.add_task("steps", total=total, completed=start, metrics="", eta="")
     bar.start()
     return bar
-
-
-def readable(value: float) -> str:
-    """Return a number with about four digits: 0.0123, 3.217, 12,345."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as two units: 45 s, 3 min 10 s, 2 h 5 min, 3 d 4 h."""
-    left = max(0, round(seconds))
-    for size, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if left >= size:
-            return f"{left // size} {name} {left % size // smaller} {small}"
-    return f"{left} s"

@@ -23,6 +23,7 @@ from finemask_ds.report.tables import (
     name_of,
     other_metrics,
 )
+from finemask_ds.units import duration
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def facts(collection: Collection) -> Iterator[tuple[str, tuple[str, ...]]]:
     tuning = sum(cell.seconds or 0 for cell in cells)
     searching = sum(origin.seconds or 0 for origin in collection.searches)
     count = len(collection.searches)
-    yield "time", (f"fine-tuning {_duration(tuning)}, {count} searches {_duration(searching)}",)
+    yield "time", (f"fine-tuning {duration(tuning)}, {count} searches {duration(searching)}",)
     started = sorted(str(source["started"]) for source in sources if source.get("started"))
     if started:
         yield "started", (started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}",)
@@ -136,12 +137,6 @@ def facts(collection: Collection) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({value for value in values if value})) or ("not recorded",)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _commit(code: Any) -> str:

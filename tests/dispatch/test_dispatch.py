@@ -36,7 +36,7 @@ def test_all_is_run_once_and_again_only_what_is_missing(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}") for number in range(4)])
     output = dispatch(plan)
     assert f"plan {plan.root}: 4 cells, 0 done, 4 to run on 2 workers of this machine, 1 core each\n" in output
-    assert "\ncost: about 6.7 min of one worker, 3.3 min on 2 workers" in output
+    assert "\ncost: about 6 min 40 s of one worker, 3 min 20 s on 2 workers" in output
     assert output.endswith("4 of 4 cells are done, 0 failed\n")
     assert [output.count(f"cell-{number}: accuracy 0.5000 in ") for number in range(4)] == [1] * 4
     pids = {result(plan, f"cell-{number}")["pid"] for number in range(4)}
@@ -229,7 +229,7 @@ def test_workers_that_end_at_once_end_the_dispatcher(tmp_path):
 
 def test_the_estimate_is_measured_once_for_each_kind_of_cell(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("a", seed=1), cell("b", seed=2), cell("c", seconds=0.1)])
-    assert "cost: about 5.0 min of one worker" in dispatch(plan)
+    assert "cost: about 5 min 0 s of one worker" in dispatch(plan)
     log = plan.root / "logs" / "measure.log"
     assert log.read_text().count("about 100 s") == 2
     assert len(json.loads((plan.root / "estimate.json").read_text())) == 2
@@ -237,7 +237,7 @@ def test_the_estimate_is_measured_once_for_each_kind_of_cell(tmp_path):
     Plan.write(plan.root, [cell("d", seed=3)])
     output = dispatch(Plan.read(plan.root))
     assert "cost: about " in output
-    assert "1.7 min" not in output, "known from the cells that are done, no longer the 100 s of the estimate"
+    assert "1 min 40 s" not in output, "known from the cells that are done, no longer the 100 s of the estimate"
     assert not log.exists()
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from finemask_ds.dispatch.estimate import duration, kind_of, seconds_left
+from finemask_ds.dispatch.estimate import kind_of, seconds_left
 from finemask_ds.dispatch.plan import Cell, Plan, sweep
 from finemask_ds.dispatch.survey import survey
 from finemask_ds.errors import UserError
@@ -152,8 +152,3 @@ def test_time_left_is_shared_by_workers_but_no_shorter_than_the_longest_cell(tmp
     assert [seconds_left(seen, workers) for workers in (1, 2, 8)] == [300, 150, 100]
     (tmp_path / "estimate.json").write_text("{")
     assert seconds_left(seen) is None
-
-
-def test_durations_as_a_person_says_them():
-    said = [duration(seconds) for seconds in (0, 59.6, 89, 90, 3600, 5400, 86400, 200000)]
-    assert said == ["0 s", "60 s", "89 s", "1.5 min", "60 min", "1.5 h", "24 h", "2.3 days"]

@@ -15,8 +15,9 @@ import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
-from finemask_ds.engine.progress import Console, duration, readable
+from finemask_ds.engine.progress import Console
 from finemask_ds.errors import UserError
+from finemask_ds.units import duration, readable
 
 
 def lines(path):
