@@ -31,7 +31,8 @@ class CellKnobs(Config):
                                "default by task, at most the model's positions", unit="tokens",
                                source=_TABLE_1)  # fmt: skip
     lr: float | None = knob(None, "peak learning rate, falling linearly to 0; default by task", source=_TABLE_1)
-    warmup_steps: int = knob(0, "steps of the linear rise to the peak rate", unit="steps", source="authors' code")
+    warmup_steps: int | None = knob(None, "steps of the linear rise to the peak rate; default by task, 0 in the papers",
+                                    unit="steps", source="authors' code")  # fmt: skip
     dropout: float | None = knob(None, "dropout of hidden states, attention and head; default: the checkpoint's own")
     weight_decay: float = knob(0.0, "AdamW's weight decay", source="authors' code")
     max_grad_norm: float = knob(1.0, "gradients of kept weights are clipped to this global norm; 0: not at all",

@@ -64,6 +64,7 @@ class Job:
     @property
     def span(self) -> Span:
         """All steps with their schedule."""
+        assert self.config.warmup_steps is not None
         return Span(1, self.num_steps, decay=self.num_steps, warmup=self.config.warmup_steps)
 
     @property
@@ -112,11 +113,14 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
         features, batch_size=config.batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
         micro_batch_size=batching.micro_batch_size,
     )  # fmt: skip
+    num_steps = config.steps or config.epochs * batches.steps_per_epoch
+    if config.warmup_steps is None:
+        config = replace(config, warmup_steps=round(task.warmup * num_steps))
     mismatched = "dev_mismatched"
     return Job(
         config, task, downstream, mask_file, mask, train, _split(config, task, downstream, "dev"),
         _split(config, task, downstream, mismatched) if has_split(task, config.data, mismatched) else None,
-        batches, config.steps or config.epochs * batches.steps_per_epoch,
+        batches, num_steps,
     )  # fmt: skip
 
 

@@ -179,7 +179,8 @@ def describe(job: Job, curve: Curve, seconds: float, peak_gib: float) -> dict[st
         "data": config.data or ("builtin" if job.task.is_builtin else "hub"),
         "data_sha256": {"train": job.train.sha256, "dev": job.dev.examples.sha256},
         "epochs": config.epochs if config.steps is None else None, "batch_size": config.batch_size, "lr": config.lr,
-        "seq_len": config.seq_len, "eval_every": config.eval_every, "mixed_precision": config.mixed_precision,
+        "warmup_steps": config.warmup_steps, "seq_len": config.seq_len, "eval_every": config.eval_every,
+        "mixed_precision": config.mixed_precision,
         "hyper_parameters": job.task.source,
         "seconds": seconds, "peak_memory_gib": peak_gib, "versions": made["versions"], "code": made["code"],
     }  # fmt: skip
