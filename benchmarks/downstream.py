@@ -31,10 +31,10 @@ STAGES = (
 NUM_QUESTIONS = 1000
 
 
-def plan_of(data: Path, model: str) -> list[Cell]:
+def plan_of(data: Path, model: str, rate: float) -> list[Cell]:
     """The first seed of everything first, so that a plan that is cut short compares all methods already."""
     masks = [ROOT / stage.name / "mask.safetensors" for stage in STAGES]
-    shared = {"model": model, "data": str(data)}
+    shared = {"model": model, "data": str(data), "lr": rate or None, "micro_batch_size": 16}
     small = ("cola", "mrpc", "stsb")
     return [
         *sweep(masks, small, [1], **shared),
@@ -74,6 +74,7 @@ def exchange(plan: Plan) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate of every task; 0: those of TAMT Table 1")
     arguments = parser.parse_args()
     model = str(arguments.shared / "models/all-MiniLM-L6-v2")
     searched = (
@@ -82,8 +83,8 @@ def main() -> None:
         *("--log_every", "25", "--eval_every", "100", "--save_every", "100"),
     )
     run_stages(STAGES, ROOT, searched)
-    cells = plan_of(cut_data(arguments.shared / "data", ROOT / "data"), model)
-    plan = Plan.write(ROOT / "plan", cells)
+    cells = plan_of(cut_data(arguments.shared / "data", ROOT / "data"), model, arguments.lr)
+    plan = Plan.write(ROOT / f"plan-{arguments.lr:g}", cells)
     exchange(plan)
     try:
         dispatch(plan, LocalExecutor())

@@ -172,8 +172,9 @@ class TaskBatches:
     """The training batches of one rank: `batches(step)` for steps from 1, in any order.
 
     Each epoch is a permutation of all rows drawn from (seed, epoch) and cut into global batches, the last of which
-    has what is left. A rank takes the contiguous positions [rank * b, (rank + 1) * b) of the global batch, in
-    contiguous micro-batches, so that 2 ranks x b, 1 rank x 2b and 2 micro-batches of b are the same rows.
+    has what is left. A rank takes the contiguous positions [rank * b, (rank + 1) * b) of the global batch and cuts
+    them, the shortest rows first, into micro-batches, so that 2 ranks x b, 1 rank x 2b and 2 micro-batches of b are the
+    same rows.
 
     All ranks make the same number of micro-batches at a step, for every forward is a collective in ZeRO-3: where the
     last batch of an epoch has no row left for one, it is one row of that batch with weight 0.
@@ -214,6 +215,8 @@ class TaskBatches:
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         rows = self._orders(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         mine = rows[self.rank * self.share : (self.rank + 1) * self.share]
+        # A step is a sum over its rows, so their order is free: rows of one length in one micro-batch pad least.
+        mine = mine[np.argsort(self.features.lengths[mine], kind="stable")]
         # No rank has more rows than the first one.
         micro_batches = [mine[part] for part in parts(min(self.share, len(rows)), self.micro_batch_size)]
         return [
