@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finemask_ds import session
+from finemask_ds.cli import _parser
 from finemask_ds.config import (
     FinetuneConfig,
     ImpConfig,
@@ -128,6 +129,8 @@ def test_links_and_commands_in_markdown_are_real(path: Path) -> None:
             if match := re.search(r"launcher/(\w+)\.py(.*)", line):
                 words = [word for word in shlex.split(match[2], comments=True) if "$" not in word]
                 parse(LAUNCHERS[match[1]], words)
+            if line.startswith("finemask "):
+                _parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_the_python_of_the_readme_is_about_ten_lines_and_its_names_exist() -> None:

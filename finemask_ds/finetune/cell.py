@@ -33,10 +33,10 @@ def measure_cell(options: Mapping[str, Any]) -> float:
     started = time.perf_counter()
     config, world = FinetuneConfig(**options), this_process()
     job = open_job(config, world, model=resolve_model(config.model, world))
-    if job.mask:
-        FixedMask(job.downstream.model, job.mask)
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
+    if job.mask:
+        FixedMask(job.downstream.model, job.mask)
     loading_sec = time.perf_counter() - started
     marks = [time.perf_counter()]
     measured = min(MEASURED_STEPS, job.num_steps)

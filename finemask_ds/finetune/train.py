@@ -46,9 +46,9 @@ def fine_tune(config: FinetuneConfig, world: World, *, model: str) -> dict[str, 
     if world.on_first(lambda: run.done("finetune")):
         return {**world.on_first(lambda: run.result_of("finetune")), "run": str(run.folder)}
     forget_peak_memory(world.device)
-    fixed = FixedMask(job.downstream.model, job.mask) if job.mask else None
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
+    fixed = FixedMask(job.downstream.model, job.mask) if job.mask else None
     cell = Cell(job, run, engine, task_model)
     cell.train()
     if fixed:
@@ -71,7 +71,7 @@ def open_run(job: Job, config: FinetuneConfig) -> Run:
     folder = Path(config.run) if config.run else None
     run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=config.volatile)
     inputs = {
-        "mask_sha256": job.mask_file.sha256 if job.mask_file else None,
+        "mask_fingerprint": job.mask_file.mask.fingerprint() if job.mask_file else None,
         "model_sha256": job.downstream.sha256,
         "data_sha256": {"train": job.train.sha256, "dev": job.dev.examples.sha256},
     }

@@ -149,7 +149,9 @@ def _hardware(found: Any) -> str:
     if not isinstance(found, Mapping):
         return ""
     gpus = found.get("gpus") or []
-    words = [found.get("cpu"), f"{found.get('cores')} cores", f"{found.get('memory_gib')} GiB", *map(str, gpus)]
+    cores = found.get("cores")
+    counted = f"{cores} core{'s' * (cores != 1)}"
+    words = [found.get("cpu"), counted, f"{found.get('memory_gib')} GiB", *map(str, gpus)]
     return ", ".join(str(word) for word in words if word)
 
 
