@@ -6,6 +6,7 @@ import os
 
 # Before torch is imported: toy tensors are slower on two threads, and the ranks of a pool need the other core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # Before the hub's library is imported, which reads it once: no hub is asked.
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is read from or written to the user's caches, and no hub is asked."""
+    """Nothing is read from or written to the user's caches."""
     os.environ["FINEMASK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
