@@ -11,6 +11,7 @@ import pytest
 from finemask_ds.config import TamtRecipeConfig
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.errors import UserError
+from finemask_ds.masks.files import load_mask
 from finemask_ds.recipes.tamt import BANDS, plan_of
 from finemask_ds.run import read_json
 from tests.test_launchers import deepspeed, python, start
@@ -127,7 +128,12 @@ def test_the_recipe_of_the_paper_runs_whole_in_miniature(
     ended = python("", command=command)
     assert ended.returncode == 0, ended.stderr
     assert "12 searches, 14 masks to fine-tune" in ended.stdout
-    assert len(results(tmp_path / "r/downstream")) == (14 + 1) * 2
+    # A mask that two seeds agree on (IMP's first rung is theta_0's) is one mask, and its cells are the same cells.
+    masks = [load_mask(path) for path in (tmp_path / "r").glob("*-seed?/mask.safetensors")]
+    masks += [load_mask(path) for path in (tmp_path / "r").glob("imp-*/masks/0.1.safetensors")]
+    different = {(mask.provenance["method"], mask.fingerprint()) for mask in masks}
+    assert len(masks) == 14
+    assert len(results(tmp_path / "r/downstream")) == (len(different) + 1) * 2
     assert ended.stdout.count("no data") >= 3
     scores = read_json(tmp_path / "r/results.json")
     assert len(scores) == 12
