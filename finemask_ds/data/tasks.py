@@ -198,7 +198,7 @@ def _builtin_task(name: str, spec: builtin.Task) -> Task:
     others = {"spearman": ("pearson",), "matthews": ("accuracy",), "exact_match": ("f1",)}
     return Task(
         name, name, spec.kind, _BUILTIN_COLUMNS[name], target, (spec.metric, *others.get(spec.metric, ())),
-        spec.labels, epochs=12, seq_len=64, doc_stride=16, lr=5e-4, warmup=0.1,
+        spec.labels, epochs=9, seq_len=64, doc_stride=16, lr=5e-4, warmup=0.1,
         eval_every=96,
         source="chosen on the full built-in model",
     )  # fmt: skip
