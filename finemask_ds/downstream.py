@@ -20,7 +20,7 @@ from finemask_ds.dispatch.survey import State
 from finemask_ds.engine.local import accelerated
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
-from finemask_ds.finetune.job import check_cells
+from finemask_ds.finetune.job import check_cells, with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
@@ -33,6 +33,7 @@ GONE_SEC = 60.0
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune a subnetwork, or the full model, on a task, on the ranks that accelerate has started; its result."""
+    config = with_model(config, [config.mask])
     with accelerated() as world:
         return fine_tune(config, world, model=resolve_model(config.model, world))
 
@@ -43,10 +44,10 @@ def sweep(config: SweepConfig) -> str:
     Raises:
         UserError: for bad input, before anything starts; where cells failed for good, at the end.
     """
-    root = Path(config.run)
-    tasks = config.tasks or (BUILTIN_TASKS if config.model == "builtin" else PAPER_TASKS)
     if not config.masks and config.full == "no":
         raise UserError("there is nothing to fine-tune; type --masks with mask files or run directories of searches")
+    config, root = with_model(config, config.masks), Path(config.run)
+    tasks = config.tasks or (BUILTIN_TASKS if config.model == "builtin" else PAPER_TASKS)
     cells = sweep_of(
         config.masks, tasks, config.seeds, config.num_samples, with_full=config.full == "yes", **config.shared_options()
     )

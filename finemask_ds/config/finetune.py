@@ -19,7 +19,8 @@ class CellKnobs(Config):
     volatile: ClassVar[frozenset[str]] = VOLATILE - {"eval_every"}
     """The best dev score depends on how often one looks."""
 
-    model: str = knob("bert-base-uncased", "hub name, folder, or 'builtin'", source="TAMT 4.1.1")
+    model: str = knob("", "hub name, folder, or 'builtin'; empty: the model of the (first) mask, bert-base-uncased "
+                      "without one", source="TAMT 4.1.1")  # fmt: skip
     data: str = knob("", "GLUE root, task folder, 'hub' or 'builtin'; empty: the hub, for a built-in task 'builtin'")
     epochs: int | None = knob(None, "times through the training rows; default by task", source=_TABLE_1)
     steps: int | None = knob(None, "optimizer steps, in place of --epochs", unit="steps")
@@ -87,7 +88,7 @@ class SweepConfig(CellKnobs):
     """Fine-tuning of many masks on many tasks: masks x tasks x seeds x fractions, plus the full model."""
 
     masks: tuple[str, ...] = knob((), "mask files, or run directories of searches")
-    tasks: tuple[str, ...] = knob((), "tasks; default the paper's seven, or all built-in ones with --model builtin",
+    tasks: tuple[str, ...] = knob((), "tasks; default the paper's seven, or all built-in ones of the built-in model",
                                   source="TAMT 4.1.2")  # fmt: skip
     seeds: tuple[int, ...] = knob((1, 2, 3), "fine-tuning seeds", source="TAMT 4.1.3")
     num_samples: tuple[int, ...] = knob((0,), "numbers of training rows; 0: all", unit="rows", source="TAMT 4.2.6")

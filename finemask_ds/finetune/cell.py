@@ -13,7 +13,7 @@ from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.world import this_process
 from finemask_ds.finetune.constrain import FixedMask
 from finemask_ds.finetune.evaluate import Split
-from finemask_ds.finetune.job import Job, open_job
+from finemask_ds.finetune.job import Job, open_job, with_model
 from finemask_ds.finetune.train import fine_tune, start_engine
 from finemask_ds.models.downstream import TaskModel, counts
 from finemask_ds.search.dense import resolve_model
@@ -24,14 +24,14 @@ MEASURED_BATCHES = 2
 
 def run_cell(options: Mapping[str, Any], folder: Path) -> None:
     """Fine-tune the cell of these options of launcher/finetune.py; it leaves ``folder/result.json``."""
-    config, world = FinetuneConfig(**{**options, "run": str(folder)}), this_process()
+    config, world = _config({**options, "run": str(folder)}), this_process()
     fine_tune(config, world, model=resolve_model(config.model, world))
 
 
 def measure_cell(options: Mapping[str, Any]) -> float:
     """Seconds that a cell will take, from its own first steps and a few dev batches; nothing is written."""
     started = time.perf_counter()
-    config, world = FinetuneConfig(**options), this_process()
+    config, world = _config(options), this_process()
     job = open_job(config, world, model=resolve_model(config.model, world))
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
@@ -47,6 +47,11 @@ def measure_cell(options: Mapping[str, Any]) -> float:
     # The first step also allocates the moments.
     step_sec = (marks[-1] - marks[1]) / (measured - 1) if measured > 1 else marks[1] - marks[0]
     return loading_sec + job.num_steps * step_sec + _num_evaluations(job) * _evaluation_sec(job.dev, task_model)
+
+
+def _config(options: Mapping[str, Any]) -> FinetuneConfig:
+    config = FinetuneConfig(**options)
+    return with_model(config, [config.mask])
 
 
 def _num_evaluations(job: Job) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
-from finemask_ds.config import FinetuneConfig
+from finemask_ds.config import CellKnobs, FinetuneConfig
 from finemask_ds.data.examples import check_data, has_split, load_split
 from finemask_ds.data.features import Features, TaskBatches, class_features
 from finemask_ds.data.tasks import Examples, Task, task_named
@@ -23,6 +24,11 @@ from finemask_ds.masks.foreign import refuse_existing
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.downstream import SPAN, Downstream, load_downstream
 from finemask_ds.run import Run
+
+C = TypeVar("C", bound=CellKnobs)
+
+DEFAULT_MODEL = "bert-base-uncased"
+"""TAMT Section 4.1.1."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,18 @@ class MaskFile:
         if path.is_dir():
             path = Run(path).mask
         return cls(load_mask(path), path, sha256(path.read_bytes()).hexdigest())
+
+
+def with_model(config: C, masks: Sequence[str]) -> C:
+    """The configuration with its model named: where none is given, that of the first mask.
+
+    Raises:
+        UserError: where the mask is none.
+    """
+    if config.model:
+        return config
+    told = MaskFile.read(masks[0]).mask.provenance.get("model") if masks and masks[0] else None
+    return replace(config, model=str(told or DEFAULT_MODEL))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from finemask_ds.config import FinetuneConfig
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.cell import measure_cell, run_cell
+from finemask_ds.finetune.job import with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
@@ -246,3 +247,16 @@ def test_predictions_are_in_the_submissions_format(
     values = [line.split("\t")[1] for line in text.splitlines()[1:]]
     assert len(values) == 48
     assert all(0 <= float(value) <= 5 for value in values) if task == "stsb" else set(values) <= {"0", "1"}
+
+
+def test_the_model_is_the_masks_own_where_none_is_typed(
+    toy_bert: Path, toy_tasks: Path, toy_mask: Path, tmp_path: Path
+) -> None:
+    mask = load_mask(toy_mask / "mask.safetensors")
+    told = mask.with_provenance({**mask.provenance, "model": str(toy_bert)})
+    save_mask(tmp_path / "mask.safetensors", told)
+    options = {**QUICK, "task": "cola", "data": str(toy_tasks), "mask": str(tmp_path / "mask.safetensors")}
+    run_cell(options, tmp_path / "run")
+    assert read_json(tmp_path / "run/result.json")["model"] == str(toy_bert)
+    assert with_model(FinetuneConfig(task="cola"), [""]).model == "bert-base-uncased"
+    assert with_model(FinetuneConfig(task="cola", model="m"), [str(tmp_path / "nowhere")]).model == "m"
