@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class LocalEngine(Engine):
         self.groups, self.shapes = groups, shapes_of(groups)
         self.loss_scale = LossScale() if mixed_precision == "fp16" else LossScale.off()
         self._mixed_precision, self._max_grad_norm = mixed_precision, max_grad_norm
+        self.before_clipping: list[Callable[[], None]] = []
+        """What is done to the gradients of a step, summed over micro-batches and ranks, before their norm is taken."""
         module.to(self.world.device)
         optimizer = optimizer_for(groups, fused=fused or self.world.device.type == "cuda")
         self._norms = GradientNorms(self, optimizer)
@@ -90,6 +92,8 @@ class LocalEngine(Engine):
         if self.loss_scale.is_on:
             for gradient in [value.grad for value in self.parameters.values() if value.grad is not None]:
                 gradient.div_(self.loss_scale.scale)
+        for change in self.before_clipping:
+            change()
         clipped_to = self._max_grad_norm or float("inf")
         total = self._accelerator.clip_grad_norm_(self.parameters.values(), clipped_to)
         assert total is not None

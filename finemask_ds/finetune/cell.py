@@ -36,7 +36,7 @@ def measure_cell(options: Mapping[str, Any]) -> float:
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
     if job.mask:
-        FixedMask(job.downstream.model, job.mask)
+        FixedMask(engine, job.downstream.model, job.mask)
     loading_sec = time.perf_counter() - started
     marks = [time.perf_counter()]
     measured = min(MEASURED_STEPS, job.num_steps)

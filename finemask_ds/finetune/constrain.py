@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from finemask_ds.engine.base import Engine
 from finemask_ds.engine.checkpoint import MOMENTS
+from finemask_ds.engine.local import LocalEngine
 from finemask_ds.masks.mask import Mask
 
 
@@ -17,22 +18,29 @@ class FixedMask:
     AdamW see of a pruned weight is 0, so its moments stay 0 and no update, and no weight decay, moves it.
     """
 
-    def __init__(self, model: nn.Module, mask: Mask):
-        """Set pruned weights to zero and hold their gradients there, in place.
+    def __init__(self, engine: LocalEngine, model: nn.Module, mask: Mask):
+        """Set pruned weights to zero, in place, and hold them there.
 
         Args:
-            model: plain; its parameters stay the same objects.
+            engine: trains the model's parameters, which are on its device.
+            model: plain.
             mask: every name of it is a parameter of the model, of the same shape.
         """
         self.mask = mask
-        self._weights: dict[str, nn.Parameter] = {}
         parameters = dict(model.named_parameters())
-        for name, keep in mask.items():
-            weight = parameters[name]
-            with torch.no_grad():
-                weight.masked_fill_(~keep.to(weight.device), 0.0)
-            self._weights[name] = weight
-            weight.register_hook(_Only(keep))
+        self._weights = {name: parameters[name] for name in mask}
+        self._pruned = {name: ~keep.to(engine.world.device) for name, keep in mask.items()}
+        with torch.no_grad():
+            for name, pruned in self._pruned.items():
+                self._weights[name].masked_fill_(pruned, 0.0)
+        engine.before_clipping.append(self._clear_gradients)
+
+    def _clear_gradients(self) -> None:
+        """Once a step, when micro-batches and ranks are summed up: what the mask prunes has no gradient."""
+        for name, pruned in self._pruned.items():
+            gradient = self._weights[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(pruned, 0.0)
 
     def sparsity(self) -> float:
         """Share of the masked matrices' weights that are zero now, counted."""
@@ -46,26 +54,15 @@ class FixedMask:
             RuntimeError: naming the first matrix where they are not; a fault of ours and never of a user.
         """
         for name, weight in self._weights.items():
-            _assert_zero(weight.detach(), self.mask[name], f"weights of {name}")
+            _assert_zero(weight.detach(), self._pruned[name], f"weights of {name}")
         state = engine.optimizer_state()
         for name, weight in self._weights.items():
             for moment in MOMENTS:
                 if moment in state.get(weight, {}):
-                    _assert_zero(state[weight][moment], self.mask[name], f"elements of {moment} of {name}")
+                    _assert_zero(state[weight][moment], self._pruned[name], f"elements of {moment} of {name}")
 
 
-class _Only:
-    """A gradient hook: what the mask prunes gets none. The bits move to the gradient's device once."""
-
-    def __init__(self, keep: Tensor):
-        self._pruned = ~keep
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        self._pruned = self._pruned.to(gradient.device)
-        return gradient.masked_fill(self._pruned, 0.0)
-
-
-def _assert_zero(values: Tensor, keep: Tensor, what: str) -> None:
-    moved = int(values.view(torch.int32)[~keep.to(values.device)].count_nonzero())
+def _assert_zero(values: Tensor, pruned: Tensor, what: str) -> None:
+    moved = int(values.view(torch.int32)[pruned].count_nonzero())
     if moved:
         raise RuntimeError(f"{moved} pruned {what} are not zero at the end; this is a fault of finemask")

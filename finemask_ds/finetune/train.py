@@ -48,7 +48,7 @@ def fine_tune(config: FinetuneConfig, world: World, *, model: str) -> dict[str, 
     forget_peak_memory(world.device)
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
-    fixed = FixedMask(job.downstream.model, job.mask) if job.mask else None
+    fixed = FixedMask(engine, job.downstream.model, job.mask) if job.mask else None
     cell = Cell(job, run, engine, task_model)
     cell.train()
     if fixed:
@@ -84,7 +84,7 @@ def open_run(job: Job, config: FinetuneConfig) -> Run:
     return run
 
 
-def start_engine(job: Job, world: World, task_model: TaskModel) -> Engine:
+def start_engine(job: Job, world: World, task_model: TaskModel) -> LocalEngine:
     """All weights, one rate, AdamW, through accelerate."""
     config = job.config
     assert config.batch_size

@@ -58,8 +58,8 @@ def trained(model: Regression, engine: LocalEngine) -> list[float]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_pruned_weights_and_moments_stay_zero_bit_for_bit(mask: Mask, weight_decay: float) -> None:
     model = Regression()
-    fixed = FixedMask(model, mask)
     engine = engine_of(model, weight_decay, max_grad_norm=1.0)
+    fixed = FixedMask(engine, model, mask)
     trained(model, engine)
     fixed.check(engine)
     assert fixed.sparsity() == mask.sparsity()
@@ -68,8 +68,9 @@ def test_pruned_weights_and_moments_stay_zero_bit_for_bit(mask: Mask, weight_dec
 def test_it_trains_as_torchs_own_pruning_does(mask: Mask) -> None:
     """W * M under autograd, an AdamW and a clipping of torch's: the same kept weights and norms."""
     model, reference = Regression(), Regression()
-    FixedMask(model, mask)
-    norms = trained(model, engine_of(model, max_grad_norm=0.5))
+    engine = engine_of(model, max_grad_norm=0.5)
+    FixedMask(engine, model, mask)
+    norms = trained(model, engine)
     for name in mask:
         prune.custom_from_mask(reference.get_submodule(name.removesuffix(".weight")), "weight", mask[name])
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
@@ -87,15 +88,14 @@ def test_it_trains_as_torchs_own_pruning_does(mask: Mask) -> None:
 
 def test_the_norm_counts_kept_weights_only(mask: Mask) -> None:
     model = Regression()
-    FixedMask(model, mask)
-    whole = copy.deepcopy(model)  # The hooks do not come along: its gradients are those of all weights.
-    for parameter in whole.parameters():
-        parameter._backward_hooks = None
+    engine = engine_of(model)
+    FixedMask(engine, model, mask)
+    whole = copy.deepcopy(model)  # Its gradients are those of all weights.
     whole(data())["loss"].backward()
     kept = [
         parameter.grad[mask[name]] if name in mask else parameter.grad for name, parameter in whole.named_parameters()
     ]
-    (norm, *_) = trained(model, engine_of(model))
+    (norm, *_) = trained(model, engine)
     expected = torch.cat([gradient.flatten() for gradient in kept]).norm()
     assert norm == pytest.approx(float(expected), rel=1e-6)
     everything = torch.cat([parameter.grad.flatten() for parameter in whole.parameters()]).norm()
@@ -104,8 +104,8 @@ def test_the_norm_counts_kept_weights_only(mask: Mask) -> None:
 
 def test_a_weight_that_moved_is_found(mask: Mask) -> None:
     model = Regression()
-    fixed = FixedMask(model, mask)
     engine = engine_of(model)
+    fixed = FixedMask(engine, model, mask)
     trained(model, engine)
     row, column = (~mask["first.weight"]).nonzero()[0].tolist()
     with torch.no_grad():
