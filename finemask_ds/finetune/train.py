@@ -75,7 +75,8 @@ def open_run(job: Job, config: FinetuneConfig) -> Run:
         "model_sha256": job.downstream.sha256,
         "data_sha256": {"train": job.train.sha256, "dev": job.dev.examples.sha256},
     }
-    if run.provenance.exists() and any(read_json(run.provenance).get(key) != inputs[key] for key in inputs):
+    before = read_json(run.provenance) if run.provenance.exists() else {}
+    if any(before.get(key, value) != value for key, value in inputs.items()):
         raise UserError(f"{run.folder} was begun with another mask, model or data of these names; type another --run")
     if run.done("finetune") and (config.save_model or config.predict):
         raise UserError(f"{run.folder} is done and kept no weights; type another --run to train again and write them")
