@@ -76,14 +76,15 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak rate of every task; 0: those of TAMT Table 1")
     arguments = parser.parse_args()
-    model = str(arguments.shared / "models/all-MiniLM-L6-v2")
+    shared = arguments.shared.resolve()  # Cells are told by the model's path.
+    model = str(shared / "models/all-MiniLM-L6-v2")
     searched = (
-        *("--model", model, "--data", str(arguments.shared / "data/wikitext-2"), "--sparsity", "0.7"),
+        *("--model", model, "--data", str(shared / "data/wikitext-2"), "--sparsity", "0.7"),
         *("--seq_len", "128", "--batch_size", "8", "--dropout", "0", "--dev_blocks", "200", "--eval_batch_size", "8"),
         *("--log_every", "25", "--eval_every", "100", "--save_every", "100"),
     )
     run_stages(STAGES, ROOT, searched)
-    cells = plan_of(cut_data(arguments.shared / "data", ROOT / "data"), model, arguments.lr)
+    cells = plan_of(cut_data(shared / "data", ROOT / "data"), model, arguments.lr)
     plan = Plan.write(ROOT / f"plan-{arguments.lr:g}", cells)
     exchange(plan)
     try:
