@@ -26,7 +26,6 @@ from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GONE_SEC = 60.0
 """How long the other ranks of this host may take to end after a search."""
 
@@ -78,8 +77,6 @@ def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
     if config.dispatch != "no" and world.is_first:
         print(summary(result), flush=True)
         _wait_until_gone([pid for host, pid in ranks[1:] if host == socket.gethostname()])
-        for name in LAUNCHER_VARIABLES:
-            os.environ.pop(name, None)
         command = [
             sys.executable,
             str(Path(sys.argv[0]).with_name("dispatch.py")),

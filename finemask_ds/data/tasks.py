@@ -147,7 +147,7 @@ def contents_sha256(examples: Examples) -> str:
 _TSV = {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"}
 _YES_NO = ("entailment", "not_entailment")
 _COLA_COLUMNS = ("source", "label", "mark", "sentence")
-_TRAIN_SECONDS = ("sentence1", "sentence2")
+_SENTENCES = ("sentence1", "sentence2")
 _NLI = "TAMT Table 1 has none; those of RTE and MNLI, the nearest tasks"
 
 _GLUE = (
@@ -158,7 +158,7 @@ _GLUE = (
          ("0", "1"), folder="SST-2", files=_TSV, hub="nyu-mll/glue:sst2"),
     Task("mrpc", "MRPC", "classification", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"),
          ("not_equivalent", "equivalent"), ("0", "1"), folder="MRPC", files=_TSV, hub="nyu-mll/glue:mrpc",
-         hub_columns=_TRAIN_SECONDS),
+         hub_columns=_SENTENCES),
     Task("stsb", "STS-B", "regression", ("sentence1", "sentence2"), "score", ("pearson", "spearman"),
          folder="STS-B", files=_TSV, hub="nyu-mll/glue:stsb"),
     Task("rte", "RTE", "classification", ("sentence1", "sentence2"), "label", ("accuracy",), _YES_NO, folder="RTE",

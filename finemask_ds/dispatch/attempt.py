@@ -120,7 +120,6 @@ class Attempt:
                     _link(mine, spare)
                     os.replace(spare, theirs)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)
-        (self.folder / "best.safetensors").unlink(missing_ok=True)
         return True
 
 
