@@ -92,7 +92,7 @@ class Job:
 
     def split(self, name: str) -> Split:
         """Another split of the task, to be predicted."""
-        return _split(self.config, self.task, self.downstream, name)
+        return _split(self.config, self.task, self.downstream, load_split(self.task, self.config.data, name))
 
 
 def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
@@ -110,7 +110,8 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     task = task_named(config.task)
     check_outputs(config, task)
     check_mixed_precision(config.mixed_precision, world.device)
-    check_data(task, config.data, ["train", "dev", *(predicted_splits(task) if config.predict else ())])
+    check_data(task, config.data, [name for name in predicted_splits(task) if config.predict and name != "dev"])
+    train, dev = (load_split(task, config.data, name) for name in ("train", "dev"))
     mask_file = MaskFile.read(config.mask) if config.mask else None
     downstream = load_downstream(model, kind=task.kind, labels=task.labels, dropout=config.dropout, seed=config.seed)
     mask = downstream.fitted(mask_file.mask, str(mask_file.path)) if mask_file else None
@@ -123,7 +124,6 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
             f"--seq_len {config.seq_len} is more than the {downstream.max_positions} positions of {config.model}; "
             f"type at most --seq_len {downstream.max_positions}"
         )
-    train = load_split(task, config.data, "train")
     train = train.subset(config.num_samples, config.seed) if config.num_samples else train
     batching = Batching.of(config.batch_size, config.micro_batch_size, world.size)
     features = _features(config, task, downstream, train, training=True)
@@ -134,10 +134,11 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     num_steps = config.steps or config.epochs * batches.steps_per_epoch
     if config.warmup_steps is None:
         config = replace(config, warmup_steps=round(task.warmup * num_steps))
-    mismatched = "dev_mismatched"
+    mismatched = None
+    if has_split(task, config.data, "dev_mismatched"):
+        mismatched = _split(config, task, downstream, load_split(task, config.data, "dev_mismatched"))
     return Job(
-        config, task, downstream, mask_file, mask, train, _split(config, task, downstream, "dev"),
-        _split(config, task, downstream, mismatched) if has_split(task, config.data, mismatched) else None,
+        config, task, downstream, mask_file, mask, train, _split(config, task, downstream, dev), mismatched,
         batches, num_steps,
     )  # fmt: skip
 
@@ -204,7 +205,6 @@ def _features(
     return class_features(task, examples, downstream.tokenizer, config.seq_len)
 
 
-def _split(config: FinetuneConfig, task: Task, downstream: Downstream, name: str) -> Split:
-    examples = load_split(task, config.data, name)
+def _split(config: FinetuneConfig, task: Task, downstream: Downstream, examples: Examples) -> Split:
     features = _features(config, task, downstream, examples, training=False)
     return Split(task, examples, features, config.eval_batch_size)
