@@ -181,9 +181,8 @@ class Engine(ABC):
                 yield name, parameters[name].detach()
 
     def new_adam_step(self, leaf: Tensor) -> Tensor:
-        """AdamW's step count of a leaf, zero: on the CPU, except where the optimizer is fused, as on accelerators."""
-        fused = leaf.device.type == "cuda"
-        return torch.zeros((), dtype=torch.float32, device=leaf.device if fused else "cpu")
+        """AdamW's step count of a leaf, zero, where the fused optimizer wants it: beside the leaf."""
+        return torch.zeros((), dtype=torch.float32, device=leaf.device)
 
     def check_precision(self) -> None:
         """Refuse to train unless every trained parameter, its master and its moments are fp32.
@@ -213,8 +212,8 @@ class Engine(ABC):
             self.module.train(was_training)
 
 
-def optimizer_for(groups: Sequence[Group], *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the groups, with PyTorch's and the authors' betas and epsilon."""
+def optimizer_for(groups: Sequence[Group]) -> torch.optim.AdamW:
+    """AdamW over the groups, with PyTorch's and the authors' betas and epsilon; one pass over each tensor."""
     return torch.optim.AdamW(
         [
             {
@@ -227,8 +226,13 @@ def optimizer_for(groups: Sequence[Group], *, fused: bool) -> torch.optim.AdamW:
         ],
         betas=(0.9, 0.999),
         eps=1e-8,
-        fused=fused,
+        fused=True,
     )
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch where it is computed on; from pinned memory without waiting for the copy."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def shapes_of(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:

@@ -24,8 +24,10 @@ from finemask_ds.engine.base import (
     optimizer_for,
     set_learning_rates,
     shapes_of,
+    to_device,
     whole_pieces,
 )
+from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.scaling import LossScale
 from finemask_ds.engine.world import World, this_process
 
@@ -55,7 +57,6 @@ class LocalEngine(Engine):
         max_grad_norm: float,
         world: World | None = None,
         mixed_precision: str = "no",
-        fused: bool = False,
     ):
         self._accelerator = _accelerator(mixed_precision)
         self.world = world or World(device=self._accelerator.device)
@@ -64,8 +65,9 @@ class LocalEngine(Engine):
         self._mixed_precision, self._max_grad_norm = mixed_precision, max_grad_norm
         self.before_clipping: list[Callable[[], None]] = []
         """What is done to the gradients of a step, summed over micro-batches and ranks, before their norm is taken."""
+        keep_freed_memory(self.world.device)
         module.to(self.world.device)
-        optimizer = optimizer_for(groups, fused=fused or self.world.device.type == "cuda")
+        optimizer = optimizer_for(groups)
         self._norms = GradientNorms(self, optimizer)
         self.module, self._optimizer = self._accelerator.prepare(module, optimizer)
         self.check_precision()
@@ -78,7 +80,7 @@ class LocalEngine(Engine):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
-        return self.module({key: tensor.to(self.world.device) for key, tensor in batch.items()})
+        return self.module(to_device(batch, self.world.device))
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""

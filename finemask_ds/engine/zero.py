@@ -28,9 +28,11 @@ from finemask_ds.engine.base import (
     optimizer_for,
     set_learning_rates,
     shapes_of,
+    to_device,
     whole_pieces,
 )
 from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
+from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
 from finemask_ds.engine.settings import check_settings, read_settings, set_communication, size_buckets
@@ -97,13 +99,14 @@ class ZeroEngine(Engine):
         settings = self._resolve(read_settings(file), file, as_asked)
         self.stage = int((settings.get("zero_optimization") or {}).get("stage", 0))
         self.is_sharded, self.is_partitioned = self.stage > 0, self.stage == 3
+        keep_freed_memory(world.device)
         module.to(world.device)
         cast_frozen(module, self.precision.compute)
         set_communication(settings, self.stage, self.parameters.values(), file)
         size_buckets(settings, self.parameters.values())
         # DeepSpeed keeps for the whole process whether any engine of it has computed in autocast.
         self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-        optimizer = optimizer_for(groups, fused=world.device.type == "cuda")
+        optimizer = optimizer_for(groups)
         self._norms = GradientNorms(self, optimizer)
         with _quiet():
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -147,7 +150,7 @@ class ZeroEngine(Engine):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
-        return self._engine({key: tensor.to(self.world.device) for key, tensor in batch.items()})
+        return self._engine(to_device(batch, self.world.device))
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`; DeepSpeed averages over ranks, hence the factor."""

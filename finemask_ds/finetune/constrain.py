@@ -29,18 +29,18 @@ class FixedMask:
         self.mask = mask
         parameters = dict(model.named_parameters())
         self._weights = {name: parameters[name] for name in mask}
-        self._pruned = {name: ~keep.to(engine.world.device) for name, keep in mask.items()}
+        self._kept = {name: keep.to(engine.world.device) for name, keep in mask.items()}
         with torch.no_grad():
-            for name, pruned in self._pruned.items():
-                self._weights[name].masked_fill_(pruned, 0.0)
+            for name, kept in self._kept.items():
+                self._weights[name].masked_fill_(~kept, 0.0)
         engine.before_clipping.append(self._clear_gradients)
 
     def _clear_gradients(self) -> None:
-        """Once a step, when micro-batches and ranks are summed up: what the mask prunes has no gradient."""
-        for name, pruned in self._pruned.items():
+        """M * dL/dW, once a step, when micro-batches and ranks are summed up."""
+        for name, kept in self._kept.items():
             gradient = self._weights[name].grad
             if gradient is not None:
-                gradient.masked_fill_(pruned, 0.0)
+                gradient.mul_(kept)
 
     def sparsity(self) -> float:
         """Share of the masked matrices' weights that are zero now, counted."""
@@ -54,12 +54,12 @@ class FixedMask:
             RuntimeError: naming the first matrix where they are not; a fault of ours and never of a user.
         """
         for name, weight in self._weights.items():
-            _assert_zero(weight.detach(), self._pruned[name], f"weights of {name}")
+            _assert_zero(weight.detach(), ~self._kept[name], f"weights of {name}")
         state = engine.optimizer_state()
         for name, weight in self._weights.items():
             for moment in MOMENTS:
                 if moment in state.get(weight, {}):
-                    _assert_zero(state[weight][moment], self._pruned[name], f"elements of {moment} of {name}")
+                    _assert_zero(state[weight][moment], ~self._kept[name], f"elements of {moment} of {name}")
 
 
 def _assert_zero(values: Tensor, pruned: Tensor, what: str) -> None:

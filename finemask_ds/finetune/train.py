@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.config import FinetuneConfig
+from finemask_ds.data.ahead import ahead
 from finemask_ds.engine.base import Batching, Engine, Group
 from finemask_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from finemask_ds.engine.local import LocalEngine
@@ -95,7 +96,7 @@ def start_engine(job: Job, world: World, task_model: TaskModel) -> LocalEngine:
     weights = Group("weights", dict(task_model.named_parameters()), config.lr, config.weight_decay)
     return LocalEngine(
         task_model, [weights], batching=batching, max_grad_norm=config.max_grad_norm, world=world,
-        mixed_precision=config.mixed_precision, fused=True,
+        mixed_precision=config.mixed_precision,
     )  # fmt: skip
 
 
@@ -119,10 +120,11 @@ class Cell:
         """Take the steps that are left, evaluating and saving on the way."""
         config, last = self.job.config, self.job.num_steps
         assert config.eval_every is not None
+        batches = ahead(self.job.batches, self.engine.world.device)
         with run_recorder(self.run, self.engine.world, last) as self.recorder:
             if self.step < last:
                 train(
-                    self.engine, self.task_model, self.job.batches, counts, replace(self.job.span, first=self.step + 1),
+                    self.engine, self.task_model, batches, counts, replace(self.job.span, first=self.step + 1),
                     self.recorder, seed=config.seed,
                     hooks=[
                         every(config.eval_every, self._evaluate, last=last),

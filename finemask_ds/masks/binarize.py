@@ -14,34 +14,84 @@ def threshold(scores: Tensor, phi: float) -> Tensor:
     return scores >= torch.tensor(phi, dtype=scores.dtype)
 
 
-def masked_weight(weight: Tensor, scores: Tensor | None, mask: Tensor) -> Tensor:
+def masked_weight(weight: Tensor, scores: Tensor | None, mask: Tensor, product: Tensor | None = None) -> Tensor:
     """W * M with the straight-through gradient to the scores.
 
     Forward: W where M is True and +0.0 elsewhere, even where W is negative or not finite; W's dtype.
     Backward, for a gradient G of the result: the scores get G * W, as if they were M itself (TAMT Eq. 4),
-    computed in their own dtype (fp32) even where W and G have 16 bits; the weight gets G where M is True and
-    +0.0 elsewhere. What does not require a gradient costs none. There is no second derivative.
+    computed in their own dtype (fp32) even where W and G have 16 bits; the weight gets G * M. What does not
+    require a gradient costs none. There is no second derivative.
 
     Args:
         weight: [rows, columns], any floating dtype.
         scores: of the weight's shape, the ones to learn; None where the mask is fixed.
         mask: bool of the weight's shape. Its relation to the scores is the caller's affair.
+        product: W * M where the caller has it already; it is returned as it is.
     """
-    return _MaskedWeight.apply(weight, scores, mask)
+    return _MaskedWeight.apply(weight, scores, mask, product)
+
+
+def masked_rows(
+    weight: Tensor, scores: Tensor | None, mask: Tensor, rows: Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """Rows of W * M, an embedding's forward, with ``masked_weight``'s gradients; nothing but those rows is computed.
+
+    Args:
+        weight: [rows, columns], any floating dtype.
+        scores: of the weight's shape; None where the mask is fixed.
+        mask: bool of the weight's shape.
+        rows: int64 of any shape, the rows to look up.
+        padding_idx: a row that gets no gradient.
+
+    Returns:
+        [*rows.shape, columns] of the weight's dtype.
+    """
+    return _MaskedRows.apply(weight, scores, mask, rows, -1 if padding_idx is None else padding_idx)
 
 
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor | None, mask: Tensor) -> Tensor:
-        for_weight, for_scores, _ = ctx.needs_input_grad
+    def forward(ctx: Any, weight: Tensor, scores: Tensor | None, mask: Tensor, product: Tensor | None) -> Tensor:
+        for_weight, for_scores, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(weight if for_scores else None, mask if for_weight else None)
         ctx.scores_dtype = None if scores is None else scores.dtype
-        return torch.where(mask, weight, 0.0)
+        return torch.where(mask, weight, 0.0) if product is None else product
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, mask = ctx.saved_tensors
-        for_weight = None if mask is None else torch.where(mask, gradient, 0.0)
+        for_weight = None if mask is None else gradient * mask
         for_scores = None if weight is None else gradient.to(ctx.scores_dtype) * weight.to(ctx.scores_dtype)
-        return for_weight, for_scores, None
+        return for_weight, for_scores, None, None
+
+
+class _MaskedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scores: Tensor | None, mask: Tensor, rows: Tensor, padding_idx: int
+    ) -> Tensor:
+        for_weight, for_scores, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(weight if for_scores else None, mask if for_weight else None, rows)
+        ctx.num_rows, ctx.padding_idx = weight.shape[0], padding_idx
+        ctx.scores_dtype = None if scores is None else scores.dtype
+        return torch.where(mask[rows], weight[rows], 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        weight, mask, rows = ctx.saved_tensors
+        touched = rows.unique()
+
+        def of_table(values: Tensor) -> Tensor:
+            """The gradient of the whole table, of which only the rows looked up are not zero."""
+            return torch.ops.aten.embedding_dense_backward(values, rows, ctx.num_rows, ctx.padding_idx, False)
+
+        for_weight = for_scores = None
+        if mask is not None:
+            for_weight = of_table(gradient)
+            for_weight[touched] *= mask[touched]
+        if weight is not None:
+            for_scores = of_table(gradient.to(ctx.scores_dtype))
+            for_scores[touched] *= weight[touched].to(ctx.scores_dtype)
+        return for_weight, for_scores, None, None, None

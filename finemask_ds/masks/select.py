@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy
@@ -22,7 +23,7 @@ class Selection(NamedTuple):
     mask: Tensor
     """Bool, of the scores' shape and device."""
     threshold: float
-    """Smallest kept score (globally: of all matrices together); infinite where nothing is kept."""
+    """Smallest kept score (globally: of all matrices together); infinite where nothing is kept; see ``near``."""
 
 
 def num_kept(num_weights: int, sparsity: float) -> int:
@@ -47,6 +48,7 @@ def select(
     scope: str = "local",
     *,
     within: Mapping[str, Tensor] | None = None,
+    near: Mapping[str, float] | None = None,
 ) -> dict[str, Selection]:
     """Keep the n - round(S * n) largest scores: of each matrix (local), or of all together (global).
 
@@ -58,6 +60,8 @@ def select(
         sparsity: share of all weights to remove, in [0, 1).
         scope: ``local`` or ``global``.
         within: matrix's name -> bool; what is False there is never kept (iterative pruning).
+        near: matrix's name -> a threshold that was right a step ago. The masks are the same with it; where it still
+            parts the kept from the others, finding that out is all the work, and it is the selection's threshold.
 
     Raises:
         UserError: for a sparsity outside [0, 1), an unknown scope, or scores that hold NaN.
@@ -67,37 +71,56 @@ def select(
         raise UserError(f"scope {scope!r} is unknown: type one of {', '.join(SCOPES)}")
     allowed = {name: None if within is None else within[name] for name in scores}
     if scope == "local":
-        return {
-            name: select_one(values, num_kept(values.numel(), sparsity), within=allowed[name])
-            for name, values in scores.items()
-        }
+
+        def select_named(name: str) -> Selection:
+            k = num_kept(scores[name].numel(), sparsity)
+            return select_one(scores[name], k, within=allowed[name], near=near[name] if near else None)
+
+        # numpy computes without holding the interpreter, so that as many matrices at once as torch may use threads.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            return dict(zip(scores, threads.map(select_named, scores), strict=True))
     k = num_kept(sum(values.numel() for values in scores.values()), sparsity)
-    kept, threshold = _largest([_in_order(values, allowed[name]) for name, values in scores.items()], k)
+    # One threshold serves all matrices, whichever name it is asked for by.
+    guess = next(iter(near.values())) if near else None
+    kept, threshold = _largest([_in_order(values, allowed[name]) for name, values in scores.items()], k, guess)
     return {
         name: Selection(_put_back(part, scores[name], allowed[name]), threshold)
         for name, part in zip(scores, kept, strict=True)
     }
 
 
-def select_one(scores: Tensor, k: int, *, within: Tensor | None = None) -> Selection:
+def select_one(scores: Tensor, k: int, *, within: Tensor | None = None, near: float | None = None) -> Selection:
     """Keep the k largest scores of one tensor; of equal scores those of lower flat index.
 
     Args:
         scores: any shape and real dtype; infinities rank as numbers do, -0.0 equals 0.0.
         k: how many to keep.
         within: bool of the scores' shape; what is False there is never kept, even below a kept 0 or -inf.
+        near: a guess of the threshold; see ``select``.
 
     Raises:
         UserError: where the scores hold NaN.
         ValueError: where there are fewer than k scores to keep.
     """
-    (kept,), threshold = _largest([_in_order(scores, within)], k)
+    (kept,), threshold = _largest([_in_order(scores, within)], k, near)
     return Selection(_put_back(kept, scores, within), threshold)
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """The mask of ``select_one``: bool of the scores' shape and device, True at the k largest."""
     return select_one(scores, k).mask
+
+
+def places(flags: Tensor) -> Tensor:
+    """Bool [n] -> int64, the indices where it is True, in order."""
+    if flags.device.type == "cpu":  # where little is True, a hundred times as fast as torch
+        return torch.from_numpy(numpy.flatnonzero(flags.numpy()))
+    return flags.nonzero().flatten()
+
+
+def has_nan(scores: Tensor) -> Tensor:
+    """Bool scalar on the scores' device; the largest of all is NaN where any is, and finding it allocates nothing."""
+    return scores.amax().isnan() if scores.numel() else torch.zeros((), dtype=torch.bool, device=scores.device)
 
 
 def _in_order(scores: Tensor, within: Tensor | None) -> Tensor:
@@ -116,31 +139,55 @@ def _put_back(kept: Tensor, scores: Tensor, within: Tensor | None) -> Tensor:
     return mask
 
 
-def _largest(pieces: Sequence[Tensor], k: int) -> tuple[list[Tensor], float]:
-    """For each flat piece a bool mask of the k largest of all pieces together, and the smallest of these."""
+def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list[Tensor], float]:
+    """For each flat piece a bool mask of the k largest of all pieces together, and a threshold of them."""
     number = sum(piece.numel() for piece in pieces)
     if not 0 <= k <= number:
         raise ValueError(f"cannot keep {k} of {number} scores")
-    # The largest of all is NaN where any is NaN; finding it allocates nothing.
-    if any(piece.numel() and piece.amax().isnan() for piece in pieces):
+    if any(map(has_nan, pieces)):
         raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
     if k == 0:
         return [torch.zeros_like(piece, dtype=torch.bool) for piece in pieces], math.inf
-    threshold: Any
-    if pieces[0].device.type == "cpu":  # numpy compares three times as fast as torch
-        arrays = [piece.numpy() for piece in pieces]
-        threshold = _kth_largest(arrays, k)
-        kept = [torch.from_numpy(array >= threshold) for array in arrays]
-    else:
-        threshold = torch.cat(list(pieces)).kthvalue(number - k + 1).values
-        kept = [piece >= threshold for piece in pieces]
-    surplus = sum(int(mask.count_nonzero()) for mask in kept) - k
-    for piece, mask in zip(reversed(pieces), reversed(kept), strict=True):
+    if pieces[0].device.type == "cpu":  # numpy compares and counts faster than torch
+        kept, threshold = _largest_arrays([piece.numpy() for piece in pieces], k, near)
+        return [torch.from_numpy(part) for part in kept], float(threshold)
+    value = torch.cat(list(pieces)).kthvalue(number - k + 1).values
+    masks = [piece >= value for piece in pieces]
+    surplus = sum(int(mask.count_nonzero()) for mask in masks) - k
+    for piece, mask in zip(reversed(pieces), reversed(masks), strict=True):
         if surplus:  # more scores equal the threshold than there is room for: the last ones go
-            ties = (piece == threshold.item()).nonzero().flatten()[-surplus:]
+            ties = places(piece == value)[-surplus:]
             mask[ties] = False
             surplus -= ties.numel()
-    return kept, float(threshold)
+    return masks, float(value)
+
+
+def _largest_arrays(pieces: Sequence[numpy.ndarray], k: int, near: float | None) -> tuple[list[numpy.ndarray], Any]:
+    """``_largest`` of flat arrays without NaN, k at least 1.
+
+    Every score is compared with two values, between which the k-th largest lies; only those between are ranked.
+    """
+    if near is not None:
+        kept = [piece >= near for piece in pieces]
+        if _count(kept) == k:  # No score has crossed it.
+            return kept, near
+    low, high = _bracket(pieces, _size(pieces), k)
+    kept, reach = [piece >= high for piece in pieces], [piece >= low for piece in pieces]
+    if not _count(kept) < k <= _count(reach):  # The sample has misled, or much is equal.
+        low = _kth_largest(pieces, k)
+        kept, reach = [piece > low for piece in pieces], [piece >= low for piece in pieces]
+    # Through indices, which is faster than a bool index where little is taken.
+    places = [numpy.flatnonzero(upper ^ lower) for upper, lower in zip(kept, reach, strict=True)]
+    between = numpy.concatenate([piece[at] for piece, at in zip(pieces, places, strict=True)])
+    room = k - _count(kept)
+    threshold = numpy.partition(between, between.size - room)[between.size - room]
+    chosen = between > threshold
+    ties = numpy.flatnonzero(between == threshold)
+    chosen[ties[: room - int(numpy.count_nonzero(chosen))]] = True
+    parts = numpy.split(chosen, numpy.cumsum([at.size for at in places])[:-1])
+    for upper, at, part in zip(kept, places, parts, strict=True):
+        upper[at[part]] = True
+    return kept, threshold
 
 
 def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
@@ -155,7 +202,7 @@ def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
     if number <= _SORTED_AT_ONCE:
         return numpy.sort(numpy.concatenate(pieces))[number - k]
     low, high = _bracket(pieces, number, k)
-    reach_high = sum(int(numpy.count_nonzero(piece >= high)) for piece in pieces)
+    reach_high = _count([piece >= high for piece in pieces])
     if k <= reach_high:
         above = [piece[piece > high] for piece in pieces]
         return _kth_largest(above, k) if k <= _size(above) else high
@@ -179,6 +226,10 @@ def _bracket(pieces: Sequence[numpy.ndarray], number: int, k: int) -> tuple[nump
     place = (number - k) * sample.size // number
     margin = 2 * math.isqrt(sample.size)
     return sample[max(place - margin, 0)], sample[min(place + margin, sample.size - 1)]
+
+
+def _count(masks: Sequence[numpy.ndarray]) -> int:
+    return sum(int(numpy.count_nonzero(mask)) for mask in masks)
 
 
 def _size(pieces: Sequence[numpy.ndarray]) -> int:

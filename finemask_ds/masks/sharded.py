@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finemask_ds.errors import UserError
-from finemask_ds.masks.select import num_kept
+from finemask_ds.masks.select import has_nan, num_kept, places
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width in bits of each digit of a 32-bit key, from the highest."""
@@ -39,6 +39,7 @@ def select_sharded(
     shards: Shards,
     *,
     within: Mapping[str, Tensor] | None = None,
+    near: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[Tensor, float]]:
     """The part of ``masks.select.select`` that falls on this rank's pieces: the same bits as for whole matrices.
 
@@ -50,9 +51,11 @@ def select_sharded(
         scope: ``local`` ranks inside each matrix, ``global`` over all.
         shards: the ranks.
         within: matrix's name -> bool [n]; what is False there is never kept.
+        near: matrix's name -> a threshold that was right a step ago; see ``select``.
 
     Returns:
-        Matrix's name -> bool [n], kept, and the smallest kept score of its threshold's scope (infinite: none kept).
+        Matrix's name -> bool [n], kept, and the smallest kept score of its threshold's scope (infinite: none kept),
+        or ``near`` where that still parts the kept from the others in all matrices.
 
     Raises:
         UserError: for a sparsity outside [0, 1) or scores that hold NaN, on every rank.
@@ -65,6 +68,8 @@ def select_sharded(
     else:
         wanted = [num_kept(num_weights[name], sparsity) for name in names]
     _refuse_nan([pieces[name] for name in names], shards)
+    if near is not None and (still := _still_kept(pieces, within, near, rows, wanted, shards)):
+        return {name: (kept, near[name]) for name, kept in still.items()}
     candidates = [_Candidates(pieces[name], None if within is None else within[name]) for name in names]
     left = torch.tensor(wanted)
     prefix = torch.zeros(len(wanted), dtype=torch.int64)
@@ -82,6 +87,24 @@ def select_sharded(
         threshold = _value(int(prefix[row]) - (1 << 31)) if wanted[row] else math.inf
         kept[name] = part.kept(threshold, number), threshold
     return kept
+
+
+def _still_kept(
+    pieces: Mapping[str, Tensor],
+    within: Mapping[str, Tensor] | None,
+    near: Mapping[str, float],
+    rows: Sequence[int],
+    wanted: Sequence[int],
+    shards: Shards,
+) -> dict[str, Tensor] | None:
+    """What is kept by the old thresholds, where that is as much as is wanted in every row."""
+    kept = {name: piece >= near[name] for name, piece in pieces.items()}
+    if within is not None:
+        kept = {name: mask & within[name] for name, mask in kept.items()}
+    counts = torch.stack([mask.count_nonzero() for mask in kept.values()])
+    totals = torch.zeros(len(wanted), dtype=torch.int64, device=counts.device)
+    totals.index_add_(0, torch.tensor(rows, device=counts.device), counts)
+    return kept if shards.sum(totals).tolist() == list(wanted) else None
 
 
 class _Candidates:
@@ -119,14 +142,14 @@ class _Candidates:
         scores = self._all()
         # The outermost digits hold the infinities, and beyond them only what is no number.
         below = scores <= (math.inf if math.isnan(high) else high)
-        self._keys = _keys(scores[below & (scores >= (-math.inf if math.isnan(low) else low))])
+        self._keys = _keys(scores[places(below & (scores >= (-math.inf if math.isnan(low) else low)))])
 
     def kept(self, threshold: float, ties: int) -> Tensor:
         """Bool of the piece: above the threshold, or among the first ``ties`` that equal it."""
         above, equal = self._scores > threshold, self._scores == threshold
         if self._within is not None:
             above, equal = above & self._within, equal & self._within
-        above[equal.nonzero().flatten()[:ties]] = True
+        above[places(equal)[:ties]] = True
         return above
 
     def _all(self) -> Tensor:
@@ -148,8 +171,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def _refuse_nan(pieces: Sequence[Tensor], shards: Shards) -> None:
-    has_nan = torch.stack([piece.isnan().any() for piece in pieces]).any().long()
-    if shards.sum(has_nan).item():
+    if shards.sum(torch.stack([has_nan(piece) for piece in pieces]).any().long()).item():
         raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finemask_ds.masks.binarize import masked_weight
+from finemask_ds.masks.binarize import masked_rows, masked_weight
+from finemask_ds.masks.select import places
 
 
 class Masked(nn.Module):
@@ -30,12 +31,25 @@ class Masked(nn.Module):
         # Not persistent: a mask follows from the scores (TAMT) or is stored as a mask file (IMP), never twice.
         self.register_buffer("mask", mask.clone(), persistent=False)
         self.is_dense = False
+        self.keeps_product = False
+        """Whether W * M is kept from one forward to the next; for a frozen W that lies whole on every rank."""
+        self._product: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
         """W * M, or W while the model is dense (the teacher); shape and dtype of W."""
         if self.is_dense:
             return self.weight
-        return masked_weight(self.weight, self.scores, self.mask)
+        if self.keeps_product and self._product is None:
+            self._product = masked_weight(self.weight.detach(), None, self.mask)
+        return masked_weight(self.weight, self.scores, self.mask, self._product)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Put other bits in, in place: bool of the weight's shape; W * M, where it is kept, follows in what differs."""
+        if self._product is not None:
+            changed = places((mask ^ self.mask).flatten())
+            values = torch.where(mask.flatten()[changed], self.weight.detach().flatten()[changed], 0.0)
+            self._product.view(-1)[changed] = values
+        self.mask.copy_(mask)
 
 
 class MaskedLinear(Masked):
@@ -59,7 +73,9 @@ class MaskedEmbedding(Masked):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[...] int64 -> [..., hidden]."""
-        return F.embedding(token_ids, self.effective_weight(), self.padding_idx)
+        if self.is_dense:
+            return F.embedding(token_ids, self.weight, self.padding_idx)
+        return masked_rows(self.weight, self.scores, self.mask, token_ids, self.padding_idx)
 
 
 class TiedDecoder(nn.Module):

@@ -92,7 +92,7 @@ def read_mask(model: nn.Module) -> dict[str, Tensor]:
 def write_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
     """Put other bits on an attached model, in place."""
     for name, module in masked_modules(model).items():
-        module.mask.copy_(mask[name])
+        module.set_mask(mask[name])
 
 
 @contextmanager

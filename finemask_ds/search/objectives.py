@@ -58,9 +58,7 @@ class Objective(nn.Module):
     def _hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The embedding output and each layer's output: L + 1 tensors [B, T, H]."""
         with_layers = "kd_loss" in self.losses
-        output = getattr(self.model, self._backbone)(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), output_hidden_states=with_layers
-        )
+        output = getattr(self.model, self._backbone)(input_ids=tokens, output_hidden_states=with_layers)
         return output.hidden_states if with_layers else (output.last_hidden_state,)
 
     @torch.no_grad()

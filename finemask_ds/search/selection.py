@@ -16,7 +16,7 @@ from finemask_ds.masks.binarize import threshold
 from finemask_ds.masks.select import Selection, select
 from finemask_ds.masks.sharded import Shards, pack, select_sharded, unpack
 from finemask_ds.models.masked import scores_name
-from finemask_ds.models.patch import masked_modules, read_mask
+from finemask_ds.models.patch import masked_modules, read_mask, write_mask
 from finemask_ds.search.watch import MaskWatch, sample
 
 
@@ -28,6 +28,7 @@ def select_trained(
     *,
     score: Callable[[Tensor], Tensor] = lambda values: values,
     within: Mapping[str, Tensor] | None = None,
+    near: Mapping[str, float] | None = None,
 ) -> dict[str, Selection]:
     """Exact selection over values that an engine trains.
 
@@ -38,13 +39,14 @@ def select_trained(
         scope: ``local`` ranks inside each matrix, ``global`` over all.
         score: values -> scores (identity for learnt scores, magnitude for weights).
         within: bool per matrix; what is already pruned stays pruned.
+        near: thresholds of a step ago, which save work where they still hold; see ``select``.
 
     Returns:
         Matrix's name -> its selection, the same bits on every rank.
     """
     if not engine.is_partitioned:
         scores = {matrix: score(engine.parameters[name].detach()) for matrix, name in names.items()}
-        return select(scores, sparsity, scope, within=within)
+        return select(scores, sparsity, scope, within=within, near=near)
     world, pieces = engine.world, held_pieces(engine, names)
     shapes = {matrix: engine.shapes[name] for matrix, name in names.items()}
     kept = select_sharded(
@@ -55,6 +57,7 @@ def select_trained(
             matrix: within[matrix].flatten()[piece.start : piece.stop].to(world.device)
             for matrix, piece in pieces.items()
         },
+        near=near,
     )  # fmt: skip
     masks = whole_masks({matrix: mask for matrix, (mask, _) in kept.items()}, shapes, world)
     return {matrix: Selection(masks[matrix], threshold) for matrix, (_, threshold) in kept.items()}
@@ -98,6 +101,11 @@ class ScoreMasks:
     thresholds: dict[str, float] = field(default_factory=dict)
     """Matrix's name -> phi: kept where the score is at least phi."""
 
+    def __post_init__(self) -> None:
+        for module in masked_modules(self.model).values():
+            # Stage 3 has W whole inside a module's own forward only.
+            module.keeps_product = not self.engine.is_partitioned
+
     def after_step(self, step: int) -> None:
         """Renew the masks from the scores that the optimizer has just moved."""
         if step % self.threshold_every == 0:
@@ -107,15 +115,15 @@ class ScoreMasks:
 
     def select_exactly(self) -> None:
         """M = the n - round(S n) largest scores; the thresholds follow."""
-        chosen = select_trained(self.engine, self._names, self.sparsity, self.scope)
-        modules = masked_modules(self.model)
-        for name, selection in chosen.items():
-            modules[name].mask.copy_(selection.mask)
-            self.thresholds[name] = selection.threshold
+        # Between exact selections Eq. 3 wants the smallest kept scores themselves, not thresholds that still hold.
+        near = self.thresholds if self.threshold_every == 1 else None
+        chosen = select_trained(self.engine, self._names, self.sparsity, self.scope, near=near)
+        write_mask(self.model, {name: selection.mask for name, selection in chosen.items()})
+        self.thresholds = {name: selection.threshold for name, selection in chosen.items()}
 
     def binarize(self) -> None:
         """M = scores >= phi (Eq. 3), the thresholds as they are; the sparsity may drift."""
-        modules, engine, names = masked_modules(self.model), self.engine, self._names
+        engine, names = self.engine, self._names
         if engine.is_partitioned:
             kept = {
                 name: threshold(piece.of(piece.leaf), self.thresholds[name]).to(engine.world.device)
@@ -127,8 +135,7 @@ class ScoreMasks:
                 name: threshold(engine.parameters[scores].detach(), self.thresholds[name])
                 for name, scores in names.items()
             }
-        for name, mask in masks.items():
-            modules[name].mask.copy_(mask)
+        write_mask(self.model, masks)
 
     def show(self, watch: MaskWatch, recorder: Recorder) -> None:
         """Record sparsity, flips, distance and a sample of the scores against their thresholds; on all ranks."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finemask_ds.config import SearchConfig, TrainingConfig
+from finemask_ds.data.ahead import Batches, ahead
 from finemask_ds.data.collate import DevBatches, MaskingTokens, TrainBatches
 from finemask_ds.data.corpus import Corpus, load_blocks
 from finemask_ds.engine.base import Batching, Engine, Group
@@ -68,13 +69,14 @@ class Setting:
         """The DeepSpeed engine where a DeepSpeed file was given, otherwise the plain one."""
         return start_engine(self.config, self.world, module, groups)
 
-    def train_batches(self) -> TrainBatches:
+    def train_batches(self) -> Batches:
         """Step -> this rank's micro-batches."""
         config, batching = self.config, batching_of(self.config, self.world)
-        return TrainBatches(
+        batches = TrainBatches(
             self.corpus.train, self.tokens, batch_size=config.batch_size, seed=config.seed, rank=self.world.rank,
             world_size=self.world.size, micro_batch_size=batching.micro_batch_size,
         )  # fmt: skip
+        return ahead(batches, self.world.device)
 
     def dev_batches(self) -> list[dict[str, Tensor]]:
         """All dev batches, the same on every rank; masked once by (eval seed, block)."""

@@ -43,7 +43,7 @@ def data() -> dict[str, torch.Tensor]:
 
 def engine_of(model: Regression, weight_decay: float = 0.0, max_grad_norm: float = 0.0) -> LocalEngine:
     group = Group("weights", dict(model.named_parameters()), 1e-2, weight_decay)
-    return LocalEngine(model, [group], batching=Batching(16, 1), max_grad_norm=max_grad_norm, fused=True)
+    return LocalEngine(model, [group], batching=Batching(16, 1), max_grad_norm=max_grad_norm)
 
 
 def trained(model: Regression, engine: LocalEngine) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finemask_ds.masks.binarize import masked_weight, threshold
+from finemask_ds.masks.binarize import masked_rows, masked_weight, threshold
 
 
 def toy(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -90,6 +90,46 @@ def test_only_what_requires_a_gradient_gets_one():
         assert [tensor.dtype for tensor in saved] == [torch.float32]
         masked_weight(weight, None, mask)
         assert [tensor.dtype for tensor in saved] == [torch.float32, torch.bool]
+
+
+def test_a_product_made_before_is_the_result_and_changes_no_gradient():
+    weight, scores, mask, x = toy()
+    gradients = []
+    for product in (None, torch.where(mask, weight, 0.0)):
+        learnt = scores.clone().requires_grad_()
+        masked = masked_weight(weight, learnt, mask, product)
+        assert product is None or masked.data_ptr() == product.data_ptr()
+        F.linear(x, masked).pow(2).sum().backward()
+        gradients.append(learnt.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_masked_table_and_so_are_the_gradients(dtype, padding_idx):
+    """Rows looked up twice, one never, one that is padding; the reference looks them up in all of W * M."""
+    weight, scores, mask, _ = toy(dtype)
+    rows = torch.tensor([[0, 2, 2], [5, 0, 3]])
+    upstream = torch.linspace(-1, 1, 24).view(2, 3, 4).to(dtype)
+    results = []
+    for looked_up in (
+        lambda w, s: masked_rows(w, s, mask, rows, padding_idx),
+        lambda w, s: F.embedding(rows, masked_weight(w, s, mask), padding_idx),
+    ):
+        w, s = weight.clone().requires_grad_(), scores.clone().requires_grad_()
+        out = looked_up(w, s)
+        out.backward(upstream)
+        results.append((out.detach(), w.grad, s.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        if dtype == torch.float32:
+            assert torch.equal(ours, plain)
+    assert torch.equal(results[0][0], results[1][0])
+    by_hand = torch.zeros(6, 4).index_add_(0, rows.flatten(), upstream.float().view(-1, 4)) * weight.float()
+    if padding_idx is not None:
+        by_hand[padding_idx] = 0
+    # Summed in fp32 over the places of a row, where the plain way sums 16-bit values.
+    assert torch.equal(results[0][2], by_hand)
 
 
 def test_there_is_no_second_derivative():

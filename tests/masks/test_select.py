@@ -96,6 +96,38 @@ def test_large_tensors_of_all_kinds(kind):
         assert threshold == (scores[mask].min().item() if k else math.inf)
 
 
+@settings(max_examples=300)
+@given(st.lists(SCORES, min_size=1, max_size=60), st.data())
+def test_a_guess_of_the_threshold_changes_no_mask(values, data):
+    """Whatever the guess; where it still parts the kept from the others it is the threshold, else the smallest kept."""
+    scores = torch.tensor(values, dtype=torch.float32)
+    k = data.draw(st.integers(1, len(values)))
+    near = data.draw(SCORES | st.sampled_from(values))
+    mask, threshold = select_one(scores, k, near=near)
+    assert torch.equal(mask, reference(scores, k))
+    still = int((scores >= near).sum()) == k
+    assert threshold == (near if still else scores[mask].min().item())
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_scores_that_move_are_selected_as_for_the_first_time(scope):
+    """Many steps, small and large, ties among them, each with the thresholds of the step before."""
+    generator, scores, near, unmoved = torch.Generator().manual_seed(0), random_matrices(), None, 0
+    for step in range(40):
+        rate = (0.0, 1e-6, 1e-3, 1.0)[step % 4]
+        for values in scores.values():
+            values += rate * torch.randn(values.shape, generator=generator)
+            if step % 3 == 0:
+                values.copy_((values * 8).round() / 8)
+        chosen, fresh = select(scores, 0.7, scope, near=near), select(scores, 0.7, scope)
+        for name in scores:
+            assert torch.equal(chosen[name].mask, fresh[name].mask)
+        found = {name: selection.threshold for name, selection in chosen.items()}
+        unmoved += found == near
+        near = found
+    assert 0 < unmoved < 40
+
+
 @pytest.mark.parametrize("extreme", [1e6, -1e6])
 def test_a_sample_that_misleads_costs_only_time(extreme):
     """The values looked at first are all far above, or far below, the answer."""

@@ -39,7 +39,12 @@ class Adder:
 
 
 def on_shards(
-    scores: dict[str, Tensor], sparsity: float, scope: str, size: int, within: dict[str, Tensor] | None = None
+    scores: dict[str, Tensor],
+    sparsity: float,
+    scope: str,
+    size: int,
+    within: dict[str, Tensor] | None = None,
+    near: dict[str, float] | None = None,
 ) -> dict[str, Selection]:
     """Cut each matrix into runs of ceil(n / size), select on each in a thread of its own, and put them together."""
     adder = Adder(size)
@@ -54,6 +59,7 @@ def on_shards(
             {name: values.numel() for name, values in scores.items()},
             sparsity, scope, Shards(rank, size, adder.of(rank)),
             within=None if within is None else {name: cut(allowed, rank) for name, allowed in within.items()},
+            near=near,
         )  # fmt: skip
 
     with ThreadPoolExecutor(size) as threads:
@@ -82,6 +88,15 @@ def test_any_cut_selects_as_whole_matrices_do(
     """With ties, infinities, both zeros, and more ranks than scores."""
     scores = {str(index): torch.tensor(values) for index, values in enumerate(matrices)}
     assert_same(on_shards(scores, sparsity, scope, size), select(scores, sparsity, scope))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("nearly", [0.0, 0.01])
+def test_a_guess_of_the_thresholds_changes_no_mask(scope: str, nearly: float) -> None:
+    scores = random_matrices()
+    expected = select(scores, 0.7, scope)
+    near = {name: selection.threshold + nearly for name, selection in expected.items()}
+    assert_same(on_shards(scores, 0.7, scope, 3, near=near), expected)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -102,6 +102,31 @@ def test_masks_are_read_back_as_written(pretrained: Pretrained) -> None:
     assert Mask(read_mask(pretrained.model)) == half(pretrained)
 
 
+def test_a_product_that_is_kept_follows_the_mask(pretrained: Pretrained) -> None:
+    """Bit by bit what a model that keeps none computes, through several masks, with and without gradients."""
+    attach(pretrained.model, half(pretrained), {n: torch.zeros(shape) for n, shape in pretrained.shapes.items()})
+    modules = masked_modules(pretrained.model)
+    for seed in (3, 4, 4, 5):
+        write_mask(pretrained.model, Mask.random(pretrained.shapes, 0.5, seed=seed))
+        found = []
+        for keeps in (False, True):
+            for module in modules.values():
+                module.keeps_product = keeps
+            found.append((logits(pretrained.model), _gradients(pretrained.model)))
+            for module in modules.values():
+                kept = module._product if keeps else None
+                assert kept is None or torch.equal(kept, module.weight * module.mask)
+        assert torch.equal(found[0][0], found[1][0])
+        assert all(torch.equal(plain, kept) for plain, kept in zip(found[0][1], found[1][1], strict=True))
+    assert any(module._product is not None for module in modules.values())
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=TOKENS).logits.square().sum().backward()
+    return [module.scores.grad.clone() for module in masked_modules(model).values()]  # type: ignore[union-attr]
+
+
 def test_a_mask_for_another_model_is_refused(pretrained: Pretrained) -> None:
     mask = dict(half(pretrained))
     name = next(iter(mask))
