@@ -8,8 +8,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before the hub's library is imported, which reads it once: no hub is asked.
 
-from collections.abc import Iterator
 from pathlib import Path
+
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # Before torch may import Triton, whose kernels this lets run on CPUs.
+
+from collections.abc import Iterator
 
 import pytest
 

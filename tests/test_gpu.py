@@ -18,6 +18,8 @@ from tests.finetune.test_cell import cell
 from tests.pool import RankPool
 from tests.search import jobs
 from tests.search.test_armour import DTYPES, assert_held, dtypes, logged, sixteen_bit
+from tests.search.test_fast import assert_equal_bits
+from tests.search.test_fast import config as fast_config
 from tests.search.test_selection import selected
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +96,23 @@ def test_selection_on_the_device_is_that_of_whole_matrices(
     config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, 3, objective="kd", batch_size=12)
     right = {"masks": True, "thresholds": True, "within": True, "binarized": True}
     assert gpu_rank.run(selected, config, scope) == [right]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", *DTYPES])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_search_by_the_kernels_is_that_of_the_plain_path(
+    gpu_rank: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, scope: str, dtype: str
+) -> None:
+    """The first steps bit for bit: one whose sums an accelerator adds in another order may fall otherwise later."""
+    configs = [fast_config(tmp_path / way, toy_bert, toy_text, scope=scope, steps=2) for way in ("fast", "plain")]
+    if dtype != "fp32":
+        configs = [dataclasses.replace(sixteen_bit(one, tmp_path, 2, dtype), precision="fast") for one in configs]
+    else:
+        (tmp_path / "fp32.json").write_text('{"zero_optimization": {"stage": 2}}')
+        configs = [dataclasses.replace(one, deepspeed=str(tmp_path / "fp32.json")) for one in configs]
+    gpu_rank.run(jobs.found, configs[0])
+    gpu_rank.run(jobs.found_plainly, configs[1])
+    assert_equal_bits(*configs)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

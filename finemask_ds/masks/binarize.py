@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from torch.autograd.function import once_differentiable
 def threshold(scores: Tensor, phi: float) -> Tensor:
     """M = scores >= phi (TAMT Eq. 3), bool of the scores' shape, with phi rounded to the scores' dtype."""
     return scores >= torch.tensor(phi, dtype=scores.dtype)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels (``masks.matrices``) run on this device; elsewhere torch's operations do the same."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def masked_weight(weight: Tensor, scores: Tensor | None, mask: Tensor, product: Tensor | None = None) -> Tensor:
@@ -62,8 +68,17 @@ class _MaskedWeight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, mask = ctx.saved_tensors
         for_weight = None if mask is None else gradient * mask
-        for_scores = None if weight is None else gradient.to(ctx.scores_dtype) * weight.to(ctx.scores_dtype)
+        for_scores = None if weight is None else _score_gradient(gradient, weight, ctx.scores_dtype)
         return for_weight, for_scores, None, None
+
+
+def _score_gradient(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G * W in the scores' dtype."""
+    if dtype == torch.float32 and has_kernels(weight.device):
+        from finemask_ds.masks.matrices import score_gradient  # Needs Triton, which CPUs do not.
+
+        return score_gradient(gradient, weight)
+    return gradient.to(dtype) * weight.to(dtype)
 
 
 class _MaskedRows(torch.autograd.Function):

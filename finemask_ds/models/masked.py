@@ -39,9 +39,13 @@ class Masked(nn.Module):
         """W * M, or W while the model is dense (the teacher); shape and dtype of W."""
         if self.is_dense:
             return self.weight
+        return masked_weight(self.weight, self.scores, self.mask, self.product())
+
+    def product(self) -> Tensor | None:
+        """The W * M that is kept, made where it is missing; None where none is to be kept."""
         if self.keeps_product and self._product is None:
             self._product = masked_weight(self.weight.detach(), None, self.mask)
-        return masked_weight(self.weight, self.scores, self.mask, self._product)
+        return self._product
 
     def set_mask(self, mask: Tensor) -> None:
         """Put other bits in, in place: bool of the weight's shape; W * M, where it is kept, follows in what differs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 from finemask_ds.engine.base import Engine, Piece
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.world import World
-from finemask_ds.masks.binarize import threshold
+from finemask_ds.masks.binarize import has_kernels, threshold
 from finemask_ds.masks.select import Selection, select
 from finemask_ds.masks.sharded import Shards, pack, select_sharded, unpack
-from finemask_ds.models.masked import scores_name
+from finemask_ds.models.masked import MaskedLinear, scores_name
 from finemask_ds.models.patch import masked_modules, read_mask, write_mask
 from finemask_ds.search.watch import MaskWatch, sample
+
+if TYPE_CHECKING:
+    from finemask_ds.masks.device import DeviceSelection
 
 
 def select_trained(
@@ -103,8 +108,8 @@ class ScoreMasks:
 
     def __post_init__(self) -> None:
         for module in masked_modules(self.model).values():
-            # Stage 3 has W whole inside a module's own forward only.
-            module.keeps_product = not self.engine.is_partitioned
+            # Of an embedding only some rows are read; stage 3 has W whole inside a module's own forward only.
+            module.keeps_product = isinstance(module, MaskedLinear) and not self.engine.is_partitioned
 
     def after_step(self, step: int) -> None:
         """Renew the masks from the scores that the optimizer has just moved."""
@@ -115,11 +120,26 @@ class ScoreMasks:
 
     def select_exactly(self) -> None:
         """M = the n - round(S n) largest scores; the thresholds follow."""
+        if self.threshold_every == 1 and not self.engine.is_partitioned and has_kernels(self.engine.world.device):
+            self.thresholds = self._on_device.renew(self.thresholds)
+            return
         # Between exact selections Eq. 3 wants the smallest kept scores themselves, not thresholds that still hold.
         near = self.thresholds if self.threshold_every == 1 else None
         chosen = select_trained(self.engine, self._names, self.sparsity, self.scope, near=near)
         write_mask(self.model, {name: selection.mask for name, selection in chosen.items()})
         self.thresholds = {name: selection.threshold for name, selection in chosen.items()}
+
+    @cached_property
+    def _on_device(self) -> DeviceSelection:
+        from finemask_ds.masks.device import DeviceSelection  # Needs Triton, which CPUs do not.
+        from finemask_ds.masks.matrices import Matrix
+
+        matrices = {
+            name: Matrix(module.scores, module.mask, module.weight, module.product())
+            for name, module in masked_modules(self.model).items()
+            if module.scores is not None
+        }
+        return DeviceSelection(matrices, self.sparsity, self.scope)
 
     def binarize(self) -> None:
         """M = scores >= phi (Eq. 3), the thresholds as they are; the sparsity may drift."""

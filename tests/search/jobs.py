@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
 from finemask_ds.engine.checkpoint import Shards, newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
-from finemask_ds.run import read_json
+from finemask_ds.models.masked import Masked
+from finemask_ds.run import Run, read_json
 from finemask_ds.search import imp
 from finemask_ds.search.objectives import Objective
+from finemask_ds.search.selection import select_trained
 from finemask_ds.search.setting import Trainer, open_setting
 from finemask_ds.session import search
 from tests.pool import RankPool
@@ -54,6 +57,27 @@ def _file(stage: int | None) -> str:
 
 def found(world: World, config: SearchConfig) -> dict[str, Any]:
     return search(config, world)
+
+
+def found_plainly(world: World, config: SearchConfig) -> dict[str, Any]:
+    """The same without what makes it fast: W * M made in each forward, each selection from nothing, no kernels."""
+
+    def from_nothing(*args: Any, near: Mapping[str, float] | None = None, **options: Any) -> Any:
+        return select_trained(*args, **options)
+
+    with (
+        mock.patch.object(Masked, "product", return_value=None),
+        mock.patch("finemask_ds.search.selection.select_trained", from_nothing),
+        mock.patch("finemask_ds.search.selection.has_kernels", return_value=False),
+        mock.patch("finemask_ds.masks.binarize.has_kernels", return_value=False),
+    ):
+        return search(config, world)
+
+
+def losses(config: SearchConfig) -> list[dict[str, float]]:
+    """The losses in a run's log, of training and of evaluation."""
+    lines = [json.loads(line) for line in Run(Path(config.run)).metrics.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key.endswith("_loss") or key == "step"} for line in lines]
 
 
 def find(config: SearchConfig, pool: RankPool | None = None) -> dict[str, Any]:
