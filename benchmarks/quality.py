@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""Time to quality: dev losses against steps for the paper's masks and for faster ones, as a plan of cells.
+
+    python benchmarks/quality.py --shared ../shared                  # what results/quality does not hold yet
+    python benchmarks/quality.py --shared ../shared --only kd-70     # of one objective and sparsity
+    python benchmarks/quality.py --table                             # the table and the figure of what is done
+
+Each cell is one whole search with its own full decay on all-MiniLM-L6-v2 and WikiText-2, 8 x 64 tokens a step, one
+process on one core; as many run at once as there are cores. A second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from finemask_ds.provenance import collect
+from finemask_ds.recipes.stages import REPOSITORY
+from finemask_ds.report.table import markdown
+from finemask_ds.run import Run, read_json, write_json
+
+sys.path.insert(0, str(REPOSITORY))
+from benchmarks.common import Eta
+
+KEPT = REPOSITORY / "results/quality"
+ROOT = Path("runs/quality")
+LONG, SHORT, LEAST = 2000, 200, 100
+"""Steps of the comparison, those in which the fast masks are to be as good, and those hoped for."""
+SHARED = (
+    *("--seq_len", "64", "--batch_size", "8", "--dropout", "0", "--dev_blocks", "200", "--eval_batch_size", "16"),
+    *("--log_every", "100", "--watch_every", "0", "--save_every", "500", "--preset", "fast"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One search."""
+
+    objective: str
+    sparsity: float
+    init: str
+    mask_lr: float
+    steps: int
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """Objective and sparsity: ``kd-70``."""
+        return f"{self.objective}-{100 * self.sparsity:.0f}"
+
+    @property
+    def setting(self) -> str:
+        """What is compared: start and rate."""
+        return f"{self.init} {self.mask_lr:g}"
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.group}-{self.init}-{self.mask_lr:g}-{self.steps}-seed{self.seed}"
+
+    @property
+    def kept(self) -> Path:
+        """Where its figures are kept."""
+        return KEPT / f"{self.name}.json"
+
+    def options(self, shared: Path) -> list[str]:
+        """Of launcher/tamt.py."""
+        head = ["--head_steps", "500"] if self.objective == "mlm" else []
+        return [
+            *("--model", str(shared / "models/all-MiniLM-L6-v2"), "--data", str(shared / "data/wikitext-2")),
+            *("--objective", self.objective, "--sparsity", str(self.sparsity), "--init", self.init),
+            *("--mask_lr", str(self.mask_lr), "--steps", str(self.steps), "--seed", str(self.seed)),
+            *("--eval_every", str(min(100, self.steps // 2)), "--run", str(ROOT / self.name), *SHARED, *head),
+        ]
+
+
+def plan() -> Iterator[Cell]:
+    """What decides first: KD at 70 %, then its sweep of rates, its second seed, 80 %, and MLM."""
+    yield from _compared("kd", 0.7, 1, 2e-4)
+    yield Cell("kd", 0.7, "binary", 2e-5, LONG, 1)
+    for rate in (1e-4, 5e-4, 1e-3):
+        yield Cell("kd", 0.7, "binary", rate, LONG, 1)
+    for rate in (1e-4, 3e-4):
+        yield Cell("kd", 0.7, "ranked", rate, LONG, 1)
+    for rate in (1e-4, 5e-4):
+        yield Cell("kd", 0.7, "activations", rate, LONG, 1)
+    yield from _compared("kd", 0.7, 2, 2e-4)
+    for seed in (1, 2):
+        yield from _compared("kd", 0.8, seed, 2e-4)
+        yield Cell("kd", 0.8, "binary", 2e-5, LONG, seed)
+    for seed in (1, 2):
+        yield from _compared("mlm", 0.7, seed, 2e-4)
+        yield Cell("mlm", 0.7, "binary", 5e-5, LONG, seed)
+
+
+def _compared(objective: str, sparsity: float, seed: int, binary_lr: float) -> Iterator[Cell]:
+    for steps in (LEAST, SHORT):
+        yield Cell(objective, sparsity, "activations", 3e-4, steps, seed)
+    yield Cell(objective, sparsity, "binary", binary_lr, LONG, seed)
+    yield Cell(objective, sparsity, "activations", 3e-4, LONG, seed)
+
+
+def run(cell: Cell, shared: Path, core: int) -> None:
+    """Search on one core and keep the figures."""
+    ROOT.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPOSITORY / "launcher/tamt.py"), *cell.options(shared)]
+    with open(ROOT / f"{cell.name}.log", "a") as log:
+        subprocess.run(
+            ["taskset", "-c", str(core), *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+            check=True,
+        )  # fmt: skip
+    lines = [json.loads(line) for line in Run(ROOT / cell.name).metrics.read_text().splitlines()]
+    loss = f"dev/{cell.objective}_loss"
+    result = read_json(Run(ROOT / cell.name).result)
+    write_json(cell.kept, {
+        "made": {**collect(), "command": " ".join(["python", *command[1:]])},
+        "curve": [[line["step"], line[loss]] for line in lines if loss in line],
+        "step_sec": statistics.median(line["speed/step_sec"] for line in lines),
+        "seconds": result["seconds"], "dev": result["dev"], "sparsity": result["sparsity"],
+        "distance_from_omp": result["distance_from_omp"],
+    })  # fmt: skip
+
+
+def run_all(cells: Sequence[Cell], shared: Path) -> None:
+    """Run what is not kept yet, a cell on each core."""
+    missing = [cell for cell in cells if not cell.kept.exists()]
+    cores: Queue[int] = Queue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+    eta, done = Eta(sum(cell.steps for cell in missing)), 0
+
+    def work(cell: Cell) -> Cell:
+        core = cores.get()
+        try:
+            run(cell, shared, core)
+        finally:
+            cores.put(core)
+        return cell
+
+    with ThreadPoolExecutor(cores.qsize()) as threads:
+        for cell in threads.map(work, missing):
+            done += cell.steps
+            kept = read_json(cell.kept)
+            print(f"{cell.name}: {kept['curve'][-1][1]:.4f} in {kept['seconds']:.0f} s; {eta.after(done)}", flush=True)
+
+
+def results(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """Group, setting and steps -> figures of its seeds."""
+    found = defaultdict(list)
+    for cell in dict.fromkeys(cells):
+        if cell.kept.exists():
+            found[cell.group, cell.setting, cell.steps].append(read_json(cell.kept))
+    return dict(found)
+
+
+def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
+    rows = []
+    for (group, setting, steps), kept in sorted(found.items()):
+        losses = [one["curve"][-1][1] for one in kept]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        seconds = statistics.mean(one["step_sec"] for one in kept) * steps
+        rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", str(len(losses)),
+                     f"{seconds:.0f}", f"{kept[0]['distance_from_omp']:.3f}"])  # fmt: skip
+    return markdown(["", "start, mask rate", "steps", "dev loss", "seeds", "seconds", "from OMP"], rows)
+
+
+def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path) -> None:
+    """Dev loss against steps and against seconds, a row of panels for each objective and sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = sorted({group for group, _, _ in found})
+    figure, axes = pyplot.subplots(len(groups), 2, figsize=(10, 3.4 * len(groups)), squeeze=False)
+    settings = sorted({setting for _, setting, _ in found})
+    for row, group in zip(axes, groups, strict=True):
+        for (of, setting, steps), kept in sorted(found.items()):
+            if of != group:
+                continue
+            color = f"C{settings.index(setting)}"
+            for one in kept:
+                x, y = zip(*one["curve"], strict=True)
+                label = setting if steps == LONG and one is kept[0] else None
+                style = {"color": color, "label": label, "linewidth": 1, "marker": "o" if steps < LONG else None}
+                row[0].plot(x, y, **style)
+                row[1].plot([step * one["step_sec"] for step in x], y, **style)
+        for axis, what in zip(row, ("steps", "seconds on one core"), strict=True):
+            axis.set(xscale="log", yscale="log", xlabel=what, ylabel=f"dev {group.split('-')[0].upper()} loss",
+                     title=f"{group.split('-')[1]} % sparsity")  # fmt: skip
+            axis.grid(alpha=0.3, which="both")
+        row[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, help="folder with data/ and models/")
+    parser.add_argument("--only", default="", help="objective and sparsity, as kd-70")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    cells = [cell for cell in dict.fromkeys(plan()) if arguments.only in ("", cell.group)]
+    if not arguments.table:
+        if arguments.shared is None:
+            parser.error("type --shared FOLDER, or --table for what is done")
+        run_all(cells, arguments.shared.resolve())
+    found = results(cells)
+    print(table(found))
+    if found:
+        draw(found, REPOSITORY / "results/quality.png")
+
+
+if __name__ == "__main__":
+    main()
