@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import resource
 import sys
@@ -21,13 +22,16 @@ def keep_freed_memory(device: torch.device) -> None:
     """Let a process that computes on the CPU keep the memory it frees for its next tensors; nothing without glibc.
 
     By default glibc gives tensors of more than 32 MiB back to the system at once, and each step pays for new pages
-    where the last had just returned them: 40 % of a step at BERT-base's shapes (results/README.md, "Speed").
+    where the last had just returned them: 40 % of a step at BERT-base's shapes (results/README.md, "Speed"). What an
+    engine before this one has left goes back first.
     """
     if device.type == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_MAX, 0)
-            mallopt(_TRIM_THRESHOLD, -1)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            gc.collect()
+            libc.malloc_trim(0)
+            libc.mallopt(_MMAP_MAX, 0)
+            libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def peak_memory_gib(device: torch.device) -> float:
