@@ -3,8 +3,8 @@
 It is how the public code of Piggyback (Mallya et al. 2018), movement pruning (Sanh et al. 2020) and TAMT's authors
 goes about it: each module binarises its scores in every forward, by a clone and two assignments through bool indices,
 and multiplies, letting autograd keep both factors; thresholds come from ``torch.kthvalue``, here of every matrix after
-every step, so that the masks are as exact as ours; AdamW updates one tensor after another. It trains the scores of
-TAMT-MLM inside our engines, so that all else is equal.
+every step, so that the masks are as exact as ours; AdamW updates one tensor after another; the allocator is as torch
+finds it. It trains the scores of TAMT-MLM inside our engines, so that all else is equal.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class DeviceSelection:
         Returns:
             Name -> the threshold: the last one where it still parts the kept from the others, else the smallest kept.
         """
-        guesses = list(near.values())[: len(self._wanted)]
+        guesses = [near[name] for name in self._matrices][: len(self._wanted)]
         thresholds = torch.tensor(guesses, dtype=torch.float32, device=self._k.device)
         if self._surplus(self._tables.refresh(thresholds)) != [0] * len(self._wanted):
             thresholds = self._tables.kth_largest(self._k, thresholds)

@@ -49,6 +49,7 @@ class Masked(nn.Module):
 
     def set_mask(self, mask: Tensor) -> None:
         """Put other bits in, in place: bool of the weight's shape; W * M, where it is kept, follows in what differs."""
+        mask = mask.to(self.mask.device)
         if self._product is not None:
             changed = places((mask ^ self.mask).flatten())
             values = torch.where(mask.flatten()[changed], self.weight.detach().flatten()[changed], 0.0)

@@ -42,5 +42,5 @@ def test_masks_and_products_follow_scores_that_move(scope: str, device: str) -> 
                 kept = torch.where(mask, weights[name], 0.0)
                 assert torch.equal(products[name].view(torch.int32), kept.view(torch.int32))
         unmoved += found == near
-        near = found
+        near = dict(reversed(found.items()))  # A restart may bring them back in another order.
     assert 0 < unmoved < 9
