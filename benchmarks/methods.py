@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from benchmarks import naive
 from benchmarks.common import seconds_of, silence
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
-from finemask_ds.data.collate import TrainBatches
+from finemask_ds.data.ahead import Batches
 from finemask_ds.engine.base import Engine, Group
 from finemask_ds.engine.local import LocalEngine
 from finemask_ds.engine.loop import Hook, Span, train
@@ -84,7 +84,7 @@ class Training:
     engine: Engine
     objective: Objective
     hooks: list[Hook]
-    batches: TrainBatches
+    batches: Batches
     seed: int
     recorder: Recorder = field(default_factory=Recorder)
     num_taken: int = 0

@@ -39,7 +39,7 @@ LONG, SHORT, LEAST = 2000, 200, 100
 """Steps of the comparison, those in which the fast masks are to be as good, and those hoped for."""
 SHARED = (
     *("--seq_len", "64", "--batch_size", "8", "--dropout", "0", "--dev_blocks", "200", "--eval_batch_size", "16"),
-    *("--log_every", "100", "--watch_every", "0", "--save_every", "500", "--preset", "fast"),
+    *("--log_every", "50", "--watch_every", "0", "--save_every", "500", "--preset", "fast"),
 )
 
 

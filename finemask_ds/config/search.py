@@ -123,7 +123,7 @@ class TamtConfig(SearchConfig):
 
     objective: str = knob("mlm", "what the masks learn from", source="TAMT 3.4.3", choices=("mlm", "kd", "mlm+kd"))
     preset: str = knob("paper", "what --init, --mask_lr and --steps are where they are not typed: 'paper' as below, "
-                       "'fast' the same losses in a tenth of the steps (results/README.md)",
+                       "'fast' a better start and a higher rate, for few steps (results/README.md)",
                        choices=("paper", "fast"))  # fmt: skip
     init: str | None = knob(None, "scores at the start: 'binary' (the paper's) alpha*phi on the OMP mask (Eq. 5), "
                             "'random' alpha*phi at random positions, 'ranked' phi*|w|/t with t the OMP threshold, "

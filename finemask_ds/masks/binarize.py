@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ def threshold(scores: Tensor, phi: float) -> Tensor:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels (``masks.matrices``) run on this device; elsewhere torch's operations do the same."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    """Looked for once and not in every backward pass."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def masked_weight(weight: Tensor, scores: Tensor | None, mask: Tensor, product: Tensor | None = None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from finemask_ds.masks.matrices import Matrices, Matrix
-from finemask_ds.masks.select import num_kept, select, select_one
+from finemask_ds.masks.select import drop_ties, num_kept
 
 
 class DeviceSelection:
@@ -24,12 +24,13 @@ class DeviceSelection:
             sparsity: share of all weights to remove, in [0, 1).
             scope: ``local`` ranks inside each matrix, ``global`` over all.
         """
-        self._matrices, self._sparsity, self._scope = dict(matrices), sparsity, scope
+        self._matrices = dict(matrices)
+        self._rows = [list(matrices)] if scope == "global" else [[name] for name in matrices]
+        """What is ranked together, by name."""
         self._tables = Matrices(list(matrices.values()), scope)
-        sizes = [matrix.scores.numel() for matrix in matrices.values()]
-        self._wanted = [num_kept(size, sparsity) for size in ([sum(sizes)] if scope == "global" else sizes)]
-        device = next(iter(matrices.values())).scores.device
-        self._k = torch.tensor(self._wanted, device=device)
+        sizes = [sum(matrices[name].scores.numel() for name in row) for row in self._rows]
+        self._wanted = [num_kept(size, sparsity) for size in sizes]
+        self._k = torch.tensor(self._wanted, device=next(iter(matrices.values())).scores.device)
 
     def renew(self, near: Mapping[str, float]) -> dict[str, float]:
         """Write the masks and products; the host waits for one count per matrix, or two where a score has crossed.
@@ -40,35 +41,29 @@ class DeviceSelection:
         Returns:
             Name -> the threshold: the last one where it still parts the kept from the others, else the smallest kept.
         """
-        guesses = [near[name] for name in self._matrices][: len(self._wanted)]
-        thresholds = torch.tensor(guesses, dtype=torch.float32, device=self._k.device)
-        if self._surplus(self._tables.refresh(thresholds)) != [0] * len(self._wanted):
+        thresholds = torch.tensor([near[row[0]] for row in self._rows], dtype=torch.float32, device=self._k.device)
+        if any(self._refreshed(thresholds)):
             thresholds = self._tables.kth_largest(self._k, thresholds)
-            self._drop_ties(self._surplus(self._tables.refresh(thresholds)))
+            self._drop_ties(thresholds.tolist(), self._refreshed(thresholds))
         found = thresholds.tolist()
-        return dict(zip(self._matrices, found * len(self._matrices) if self._scope == "global" else found, strict=True))
+        return {name: threshold for row, threshold in zip(self._rows, found, strict=True) for name in row}
 
-    def _surplus(self, counts: torch.Tensor) -> list[int]:
-        """Of each row, how many more are kept than are wanted."""
-        found = counts.tolist()
-        rows = [sum(found)] if self._scope == "global" else found
-        return [kept - wanted for kept, wanted in zip(rows, self._wanted, strict=True)]
+    def _refreshed(self, thresholds: torch.Tensor) -> list[int]:
+        """Write the masks and products; of each row, how many more are kept than are wanted."""
+        counts = dict(zip(self._matrices, self._tables.refresh(thresholds).tolist(), strict=True))
+        kept = [sum(counts[name] for name in row) for row in self._rows]
+        return [number - wanted for number, wanted in zip(kept, self._wanted, strict=True)]
 
-    def _drop_ties(self, surplus: list[int]) -> None:
-        """Where more scores equal a threshold than there is room for, which is rare, select as elsewhere."""
-        if self._scope == "global":
-            if surplus[0]:
-                scores = {name: matrix.scores for name, matrix in self._matrices.items()}
-                for name, selection in select(scores, self._sparsity, "global").items():
-                    _write(self._matrices[name], selection.mask)
-            return
-        for matrix, too_many, wanted in zip(self._matrices.values(), surplus, self._wanted, strict=True):
-            if too_many:
-                _write(matrix, select_one(matrix.scores, wanted).mask)
-
-
-def _write(matrix: Matrix, mask: torch.Tensor) -> None:
-    assert matrix.mask is not None
-    matrix.mask.copy_(mask)
-    if matrix.product is not None and matrix.weight is not None:
-        matrix.product.copy_(torch.where(mask, matrix.weight, 0.0))
+    def _drop_ties(self, thresholds: Sequence[float], surplus: Sequence[int]) -> None:
+        """Where more scores equal a threshold than there is room for, which is rare, the last ones go."""
+        for names, threshold, too_many in zip(self._rows, thresholds, surplus, strict=True):
+            row = [self._matrices[name] for name in names]
+            drop_ties(
+                [matrix.scores for matrix in row],
+                [matrix.mask for matrix in row if matrix.mask is not None],
+                threshold,
+                too_many,
+            )
+            for matrix in row:
+                if too_many and matrix.product is not None and matrix.mask is not None:
+                    matrix.product.masked_fill_(~matrix.mask, 0.0)

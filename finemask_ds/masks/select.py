@@ -118,6 +118,15 @@ def places(flags: Tensor) -> Tensor:
     return flags.nonzero().flatten()
 
 
+def drop_ties(scores: Sequence[Tensor], masks: Sequence[Tensor], threshold: float, surplus: int) -> None:
+    """Where more scores equal the threshold than there is room for, let the last ``surplus`` of them go, in place."""
+    for values, mask in zip(reversed(scores), reversed(masks), strict=True):
+        if surplus:
+            ties = places((values.detach() == threshold).flatten())[-surplus:]
+            mask.view(-1)[ties] = False
+            surplus -= ties.numel()
+
+
 def has_nan(scores: Tensor) -> Tensor:
     """Bool scalar on the scores' device; the largest of all is NaN where any is, and finding it allocates nothing."""
     return scores.amax().isnan() if scores.numel() else torch.zeros((), dtype=torch.bool, device=scores.device)
@@ -153,12 +162,7 @@ def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list
         return [torch.from_numpy(part) for part in kept], float(threshold)
     value = torch.cat(list(pieces)).kthvalue(number - k + 1).values
     masks = [piece >= value for piece in pieces]
-    surplus = sum(int(mask.count_nonzero()) for mask in masks) - k
-    for piece, mask in zip(reversed(pieces), reversed(masks), strict=True):
-        if surplus:  # more scores equal the threshold than there is room for: the last ones go
-            ties = places(piece == value)[-surplus:]
-            mask[ties] = False
-            surplus -= ties.numel()
+    drop_ties(pieces, masks, float(value), sum(int(mask.count_nonzero()) for mask in masks) - k)
     return masks, float(value)
 
 

@@ -6,6 +6,10 @@ keeps as many at random. Both are exact, need no training and are determined by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from finemask_ds.config import MagnitudeConfig, SearchConfig
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.select import magnitudes, select
@@ -25,7 +29,12 @@ def find_mask(setting: Setting) -> Outcome:
 
 def omp_mask(theta0: Pretrained, config: SearchConfig) -> Mask:
     """M^OMP: the n - round(S n) largest magnitudes of each matrix of theta_0 (or of all together)."""
-    chosen = select(magnitudes(theta0.targets), config.sparsity, config.scope)
+    return largest(magnitudes(theta0.targets), config)
+
+
+def largest(scores: Mapping[str, Tensor], config: SearchConfig) -> Mask:
+    """The n - round(S n) largest scores of each matrix (or of all together)."""
+    chosen = select(scores, config.sparsity, config.scope)
     return Mask({name: selection.mask for name, selection in chosen.items()})
 
 

@@ -50,7 +50,8 @@ def select_trained(
         Matrix's name -> its selection, the same bits on every rank.
     """
     if not engine.is_partitioned:
-        scores = {matrix: score(engine.parameters[name].detach()) for matrix, name in names.items()}
+        values = engine.parameters
+        scores = {matrix: score(values[name].detach()) for matrix, name in names.items()}
         return select(scores, sparsity, scope, within=within, near=near)
     world, pieces = engine.world, held_pieces(engine, names)
     shapes = {matrix: engine.shapes[name] for matrix, name in names.items()}

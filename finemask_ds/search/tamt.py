@@ -9,7 +9,7 @@ The straight-through gradient does not depend on the scores' scale and AdamW wit
 rate to score, so (c * scores, c * phi, c * mask_lr) finds the same masks, bit for bit where c is a power of two.
 
 Deviations from the authors' code: the selection is exact at every step (``--threshold_every 1000`` for theirs).
-``--preset fast`` starts elsewhere and moves faster, which saves most of the steps (results/README.md).
+``--preset fast`` starts elsewhere and moves faster, for few steps (results/README.md, "Time to quality").
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span, every
 from finemask_ds.masks.initialise import binary, ranked
 from finemask_ds.masks.mask import Mask
-from finemask_ds.masks.select import magnitudes, select
+from finemask_ds.masks.select import magnitudes
 from finemask_ds.models.load import Pretrained
 from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.activations import activation_magnitudes
-from finemask_ds.search.magnitude import random_mask
+from finemask_ds.search.magnitude import largest, omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
 from finemask_ds.search.selection import ScoreMasks
@@ -90,16 +90,13 @@ def initial_scores(theta0: Pretrained, setting: Setting, config: TamtConfig) -> 
     ``binary`` and ``random`` start at alpha * phi where OMP, or chance, keeps a weight (Eq. 5; Section 4.2.4);
     ``ranked`` and ``activations`` in the order of the magnitudes, as they are or weighed by their inputs, around phi.
     """
-    if config.init == "random":
-        start = random_mask(theta0, config)
-    else:
-        weighed = config.init == "activations"
-        size = activation_magnitudes(theta0, setting) if weighed else magnitudes(theta0.targets)
-        chosen = select(size, config.sparsity, config.scope)
-        start = Mask({name: selection.mask for name, selection in chosen.items()})
-        if config.init in ("ranked", "activations"):
-            return start, {name: ranked(size[name], start[name], config.phi) for name in start}
-    return start, {name: binary(keep, config.alpha, config.phi) for name, keep in start.items()}
+    if config.init in ("binary", "random"):
+        start = omp_mask(theta0, config) if config.init == "binary" else random_mask(theta0, config)
+        return start, {name: binary(keep, config.alpha, config.phi) for name, keep in start.items()}
+    weighed = config.init == "activations"
+    sizes = activation_magnitudes(theta0, setting) if weighed else magnitudes(theta0.targets)
+    start = largest(sizes, config)
+    return start, {name: ranked(sizes[name], start[name], config.phi) for name in start}
 
 
 def mask_group(theta0: Pretrained, config: TamtConfig) -> Group:
