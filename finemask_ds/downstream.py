@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.config import FinetuneConfig, SearchConfig, SweepConfig
+from finemask_ds.config.knobs import DispatchKnobs
 from finemask_ds.data.tasks import BUILTIN_TASKS, PAPER_TASKS
-from finemask_ds.dispatch.executor import dispatch
+from finemask_ds.dispatch.executor import Executor, dispatch
 from finemask_ds.dispatch.local import LocalExecutor
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.plan import sweep as sweep_of
@@ -54,7 +56,7 @@ def sweep(config: SweepConfig) -> str:
         tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
     )
     plan = Plan.write(root, cells, retries=config.retries)
-    seen = dispatch(plan, LocalExecutor(config.slots))
+    seen = dispatch(plan, executor_of(config))
     searches = [path for path in map(Path, config.masks) if path.is_dir()]
     page, left_out = write_report([root, *searches], None)
     if failed := seen.count(State.FAILED):
@@ -63,6 +65,15 @@ def sweep(config: SweepConfig) -> str:
             f"again (what is done is in {page})"
         )
     return "\n".join([score_tables([root, *searches]), *left_out, f"page {page}"])
+
+
+def executor_of(config: SweepConfig) -> Executor:
+    """Where the cells of a sweep run.
+
+    Raises:
+        UserError: where that cannot be had here.
+    """
+    return LocalExecutor(config.slots)
 
 
 def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
@@ -90,8 +101,15 @@ def sweep_options(config: SearchConfig, run: str) -> list[str]:
     """The options of launcher/dispatch.py for the mask that a search has left in ``run``."""
     options = ["--masks", run, "--model", config.model, "--run", str(Path(run) / "downstream")]
     options += ["--executor", config.dispatch, "--seeds", *map(str, config.finetune_seeds)]
-    options += ["--tasks", *config.tasks] if config.tasks else []
-    return options + (["--data", config.task_data] if config.task_data else [])
+    for name, value in {"data": config.task_data, "tasks": config.tasks, **asked(config)}.items():
+        if value:
+            options += [f"--{name}", *([str(value)] if isinstance(value, str | int) else map(str, value))]
+    return options
+
+
+def asked(config: DispatchKnobs) -> dict[str, Any]:
+    """The knobs of dispatching, which a search hands on to the sweep."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DispatchKnobs)}
 
 
 def _wait_until_gone(pids: Sequence[int]) -> None:

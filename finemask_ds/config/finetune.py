@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finemask_ds.config.knobs import VOLATILE, Config, knob
+from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs, knob
 from finemask_ds.errors import UserError
 
 _TABLE_1 = "TAMT Table 1, by task"
@@ -84,7 +84,7 @@ class FinetuneConfig(CellKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(CellKnobs):
+class SweepConfig(DispatchKnobs, CellKnobs):
     """Fine-tuning of many masks on many tasks: masks x tasks x seeds x fractions, plus the full model."""
 
     masks: tuple[str, ...] = knob((), "mask files, or run directories of searches")
@@ -94,8 +94,8 @@ class SweepConfig(CellKnobs):
     num_samples: tuple[int, ...] = knob((0,), "numbers of training rows; 0: all", unit="rows", source="TAMT 4.2.6")
     full: str = knob("yes", "fine-tune the full model too", choices=("yes", "no"))
     run: str = knob("runs/sweep", "folder of the plan; the same folder goes on with what is missing")
-    executor: str = knob("local", "where the cells run: 'local', this machine's GPUs or cores", choices=("local",))
-    slots: int = knob(0, "cells at a time; 0: one for each GPU, or without any for each core")
+    executor: str = knob("local", "where the cells run: 'local' on this machine's GPUs or cores, as job arrays of "
+                         "'slurm', on an existing cluster of 'ray'", choices=EXECUTORS)  # fmt: skip
     retries: int = knob(2, "a failed cell is tried again so often", unit="times")
 
     @property

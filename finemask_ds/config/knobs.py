@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from finemask_ds.errors import UserError
 VOLATILE = frozenset({
     "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "keep_every", "eval_every",
     "save_every", "agree_every", "micro_batch_size", "eval_batch_size", "save_model", "predict",
-    "dispatch", "tasks", "task_data", "finetune_seeds",
+    "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup", "ray_address",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 
@@ -63,3 +64,29 @@ class Config(ABC):
     def defaults(cls) -> dict[str, Any]:
         """The defaults of all knobs as JSON values."""
         return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+EXECUTORS = ("local", "slurm", "ray")
+"""Where the cells of a plan can run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchKnobs(Config):
+    """How cells reach the machines that run them, the same after a search and for a sweep by itself."""
+
+    slots: int = knob(0, "cells at a time; 0: local one for each GPU, or without any for each core, slurm as many as "
+                      "its limits allow, ray as many as its resources hold")  # fmt: skip
+    job_options: tuple[str, ...] = knob((), "what a worker asks for, as NAME=VALUE; slurm: options of sbatch, as "
+                                        "partition=gpu account=me gres=gpu:1 time=02:00:00; ray: resources, as "
+                                        "num_gpus=1 num_cpus=4")  # fmt: skip
+    job_setup: str = knob("", "file of shell lines that every job of slurm runs first, as module load cuda")
+    ray_address: str = knob("", "address of a running Ray cluster, as 10.0.0.1:6379; empty: RAY_ADDRESS, or the one of "
+                            "this machine")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the base class."""
+        super().__post_init__()
+        for option in self.job_options:
+            name, equals, _ = option.partition("=")
+            if not equals or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+                raise UserError(f"--job_options {option!r} is not NAME=VALUE, as in partition=gpu")

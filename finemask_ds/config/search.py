@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finemask_ds.config.knobs import Config, knob
+from finemask_ds.config.knobs import EXECUTORS, Config, DispatchKnobs, knob
 from finemask_ds.errors import UserError
 
 TABLE_2_STEPS = {
@@ -82,7 +82,7 @@ class TrainingConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(TrainingConfig):
+class SearchConfig(DispatchKnobs, TrainingConfig):
     """What every search for a subnetwork shares."""
 
     sparsity: float = knob(0.7, "share of the weights to remove, in [0, 1)", source="TAMT 4.2")
@@ -98,8 +98,9 @@ class SearchConfig(TrainingConfig):
     head_lr: float = knob(5e-5, "peak learning rate of the MLM head (transform and bias)", source="TAMT Table 1")
     head_steps: int = knob(0, "for a model without an MLM head: train one on the frozen encoder first", unit="steps")
     new_head_lr: float = knob(1e-3, "peak learning rate of --head_steps")
-    dispatch: str = knob("no", "fine-tune the mask on tasks when it is found: 'local' on this machine's GPUs or cores",
-                         choices=("no", "local"))  # fmt: skip
+    dispatch: str = knob("no", "fine-tune the mask on tasks when it is found: 'local' on this machine's GPUs or cores, "
+                         "as job arrays of 'slurm', on an existing cluster of 'ray'",
+                         choices=("no", *EXECUTORS))  # fmt: skip
     tasks: tuple[str, ...] = knob((), "tasks of --dispatch; default the paper's seven, or all built-in ones with "
                                   "--model builtin", source="TAMT 4.1.2")  # fmt: skip
     task_data: str = knob("", "GLUE root of --dispatch; empty: the hub, for built-in tasks 'builtin'")
