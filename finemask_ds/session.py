@@ -99,7 +99,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
 
     Returns:
-        0; 2 after a user's error, which is one sentence on the first rank's standard error; 1 after any other, with
+        0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's standard error; 1 after any other, with
         its trace and the rank that it happened on.
     """
     try:
@@ -114,7 +114,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         return 1
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
-    return 0
+    return getattr(outcome, "exit_code", 0)
 
 
 def leave(code: int) -> NoReturn:
