@@ -99,8 +99,8 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
 
     Returns:
-        0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's standard error; 1 after any other, with
-        its trace and the rank that it happened on.
+        0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's
+        standard error; 1 after any other, with its trace and the rank that it happened on.
     """
     try:
         outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))

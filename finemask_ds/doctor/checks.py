@@ -76,15 +76,15 @@ def compare_versions(hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Finding
     differing = False
     for name in dict.fromkeys(name for versions in hosts.values() for name in versions):
         expected = hosts[first].get(name, "missing")
-        for version in dict.fromkeys(hosts[host].get(name, "missing") for host in others):
-            where = [host for host in others if hosts[host].get(name, "missing") == version]
-            if version == expected:
-                continue
+        others_have: dict[str, list[str]] = {}
+        for host in others:
+            others_have.setdefault(hosts[host].get(name, "missing"), []).append(host)
+        others_have.pop(expected, None)
+        for version, where in others_have.items():
             differing = True
-            todo = (
-                "bring the code to the same commit there" if name == "commit" else f"install {name} {expected} there"
-            )
-            yield Finding("bad", "versions", f"{name} is {version} on {abbreviated(where)}, {expected} on {first}", todo)
+            found = f"{name} is {version} on {abbreviated(where)}, {expected} on {first}"
+            same = "check out the same commit" if name == "commit" else f"install {name} {expected}"
+            yield Finding("bad", "versions", found, f"{same} there")
     told = ", ".join(f"{name} {version}" for name, version in hosts[first].items())
     missing = [name for name, version in hosts[first].items() if version == "missing"]
     if missing:
@@ -111,10 +111,11 @@ def check_devices(cluster: Cluster) -> Iterator[Finding]:
     fast = set.intersection(*(set(facts.fast) for facts in cluster.ranks))
     arithmetic = f"fast in {' and '.join(sorted(fast))}" if fast else "16-bit files will be computed in fp32"
     yield Finding("ok", "devices", f"{told}, at least {_gib(least)} free, {arithmetic}")
-    if len(told := {facts.computes_in for facts in cluster.ranks} - {""}) > 1:
-        yield Finding("bad", "precision", " but ".join(sorted(told)), "use hosts of one kind")
-    elif told:
-        yield Finding("ok", "precision", told.pop())
+    computed = {facts.computes_in for facts in cluster.ranks} - {""}
+    if len(computed) > 1:
+        yield Finding("bad", "precision", " but ".join(sorted(computed)), "use hosts of one kind")
+    elif computed:
+        yield Finding("ok", "precision", computed.pop())
 
 
 def check_memory(cluster: Cluster) -> Iterator[Finding]:
@@ -140,7 +141,9 @@ def check_disks(cluster: Cluster) -> Iterator[Finding]:
             folder, free = min(found.values(), key=lambda place: place[1])
             fine.append(f"{_gib(free)} in {folder}")
     if fine:
-        yield Finding("ok", "disk", f"{', '.join(fine)} free{' at least' if len(cluster.hosts) > 1 else ''}")
+        yield Finding(
+            "ok", "disk", f"{', '.join(dict.fromkeys(fine))} free{' at least' if len(cluster.hosts) > 1 else ''}"
+        )
 
 
 def check_inputs(cluster: Cluster) -> Iterator[Finding]:
@@ -149,8 +152,7 @@ def check_inputs(cluster: Cluster) -> Iterator[Finding]:
         asked = getattr(cluster.config, option.removeprefix("--"))
         without = {facts.host: facts.failures[option] for facts in cluster.ranks if option in facts.failures}
         if without:
-            host, sentence = next(iter(without.items()))
-            yield Finding("bad", option, f"on {abbreviated(list(without))}: {sentence}")
+            yield Finding("bad", option, f"on {abbreviated(list(without))}: {next(iter(without.values()))}")
         elif asked:
             yield Finding("ok", option, f"{asked} is found on every host")
 

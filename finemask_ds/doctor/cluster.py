@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import secrets
 import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 from finemask_ds.config.doctor import DoctorConfig
@@ -20,8 +20,8 @@ from finemask_ds.pdsh import for_pdsh
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEAVE_SEC = 20.0
 """What the launcher may take beside its ranks, which end by themselves."""
-_SUMMARY = re.compile(r"\d+ ok, \d+ to note, \d+ bad$")
-"""Of the ranks' findings, which are counted here again."""
+SHOWN_LINES = 40
+"""Of what launcher and ranks said otherwise, where they failed without a finding."""
 
 
 def examine_cluster(config: DoctorConfig, hostfile: Path) -> Report:
@@ -63,14 +63,17 @@ def _start_ranks(config: DoctorConfig, hostfile: Path, report: Report, *, severa
     )  # fmt: skip
     timer = threading.Timer(config.time_out_sec + LEAVE_SEC, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
+    others: deque[str] = deque(maxlen=SHOWN_LINES)
     try:
         assert process.stdout is not None
         for line in process.stdout:
             if finding := Finding.parse(line):
                 report.add([finding])
-            elif not _SUMMARY.search(line):
-                print(line, end="", flush=True)
-        return process.wait()
+            else:
+                others.append(line)
+        if (code := process.wait()) and not report.is_bad:
+            print("".join(others), end="", file=sys.stderr, flush=True)
+        return code
     finally:
         timer.cancel()
         if process.poll() is None:

@@ -27,7 +27,6 @@ class Finding:
         # Names of hosts and folders are others' text, which a terminal must not obey.
         return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
-
     @classmethod
     def parse(cls, line: str) -> Finding | None:
         """A finding from the line that it was printed as, with pdsh's "host: " before it or not; None from others."""

@@ -1,4 +1,4 @@
-"""What the head of a cluster can see before anything starts: hostfile, pdsh, what is forwarded, who answers over ssh."""
+"""What the head of a cluster sees before anything starts: hostfile, pdsh, what is forwarded, who answers over ssh."""
 
 from __future__ import annotations
 

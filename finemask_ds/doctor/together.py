@@ -42,7 +42,9 @@ def check_all_reduce(cluster: Cluster) -> Iterator[Finding]:
     wrong = [rank for rank, is_right in enumerate(world.gather(_sums_rightly(world))) if not is_right]
     if wrong:
         where = ", ".join(f"rank {rank} on {cluster.ranks[rank].host}" for rank in wrong)
-        yield Finding("bad", "all-reduce", f"a wrong sum on {where}", "look at the memory and network card of that host")
+        yield Finding(
+            "bad", "all-reduce", f"a wrong sum on {where}", "look at the memory and network card of that host"
+        )
         return
     latency = _seconds(world, 1, LATENCY_REPEATS)
     probe = 2**20
@@ -126,7 +128,9 @@ def _sharing(cluster: Cluster, folder: Path) -> tuple[list[str], list[str]]:
                 files[me].write_text(token)
             except OSError as error:
                 problem = error.strerror or str(error)
-        problems = [f"{facts.host} ({said})" for facts, said in zip(cluster.ranks, world.gather(problem), strict=True) if said]
+        problems = [
+            f"{facts.host} ({said})" for facts, said in zip(cluster.ranks, world.gather(problem), strict=True) if said
+        ]
         if me is not None and not problems:
             seen = _seen(files, token)
         sights = world.gather(seen)
