@@ -17,7 +17,6 @@ import torch
 from finemask_ds.config.doctor import DoctorConfig
 from finemask_ds.doctor.versions import installed
 from finemask_ds.engine.precision import BLOCKS, is_fast, resolve_precision
-from finemask_ds.engine.rendezvous import interface_towards
 from finemask_ds.engine.settings import read_settings
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
@@ -62,7 +61,7 @@ class Facts:
 
 def look_around(config: DoctorConfig, world: World) -> Facts:
     """This rank's facts; nothing here waits for another rank."""
-    interface, link_bits = interface_towards(os.environ.get("MASTER_ADDR", "localhost"))
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     failures, computes_in = _look_for(config, world)
     free, total = _memory(world.device)
     return Facts(
@@ -80,7 +79,7 @@ def look_around(config: DoctorConfig, world: World) -> Facts:
         failures=failures,
         listens=listening(),
         interface=interface,
-        link_bits=link_bits,
+        link_bits=link_bits(interface),
         wall_minus_monotonic_sec=time.time() - time.monotonic(),
     )
 
@@ -158,3 +157,11 @@ def listening() -> tuple[str, ...]:
         connections = psutil.Process().net_connections(kind="tcp")
         return tuple(sorted({c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}))
     return ()
+
+
+def link_bits(interface: str) -> int:
+    """What a network interface of this host can carry, in bits per second; 0 where it does not tell."""
+    import psutil
+
+    state = psutil.net_if_stats().get(interface)
+    return state.speed * 10**6 if state else 0

@@ -34,7 +34,6 @@ from finemask_ds.engine.base import (
 from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
-from finemask_ds.engine.rendezvous import install
 from finemask_ds.engine.scaling import DeepSpeedScaler
 from finemask_ds.engine.settings import check_settings, read_settings, set_communication, size_buckets
 from finemask_ds.engine.world import World
@@ -59,9 +58,7 @@ def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC)
             # A plain `python launcher/tamt.py --deepspeed ...`: one rank, on a port the kernel picks.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_out, init_method=install()
-        )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_out)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type != "cpu":
