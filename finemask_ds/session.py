@@ -21,6 +21,7 @@ from finemask_ds.config import (
     TrainingConfig,
 )
 from finemask_ds.engine.guard import check_ranks, describe_ranks
+from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError
 from finemask_ds.options import parse
@@ -82,7 +83,7 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
         return
     from finemask_ds.engine.zero import distributed
 
-    with distributed(time_out_sec=config.time_out_sec) as world:
+    with distributed(time_out_sec=config.time_out_sec, silence_sec=config.silence_sec) as world:
         told = describe_ranks(world)
         if world.is_first:
             print(told, flush=True)
@@ -100,10 +101,16 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
 
     Returns:
         0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's
-        standard error; 1 after any other, with its trace and the rank that it happened on.
+        standard error; 143 after SIGTERM; 1 after any other error, with its trace and the rank that it happened on.
     """
     try:
-        outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))
+        config = parse(config_class, sys.argv[1:] if argv is None else argv)
+        with Termination().handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
+            outcome = action(config)
+    except Terminated as ended:
+        if launched_rank() == 0:
+            print(f"finemask: SIGTERM: {ended}", file=sys.stderr, flush=True)
+        return EXIT_CODE
     except UserError as error:
         if launched_rank() == 0:
             print(f"finemask: {error}", file=sys.stderr, flush=True)

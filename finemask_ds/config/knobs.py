@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from finemask_ds.errors import UserError
 
 VOLATILE = frozenset({
-    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "keep_every", "eval_every",
-    "save_every", "agree_every", "micro_batch_size", "eval_batch_size", "save_model", "predict",
-    "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup", "ray_address",
+    "run", "deepspeed", "precision", "ranks", "time_out_sec", "silence_sec", "hostfile", "max_restarts", "log_every",
+    "watch_every", "keep_every", "eval_every", "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
+    "save_model", "predict", "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup",
+    "ray_address",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 
@@ -36,7 +37,7 @@ class Config(ABC):
         Raises:
             UserError: naming the option, its value and what it may be.
         """
-        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec"}
+        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec", "silence_sec"}
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:

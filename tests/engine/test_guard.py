@@ -117,8 +117,8 @@ def start_ranks(how: str, folder: Path, size: int = 3, failing: int = -1) -> lis
     ("how", "told"),
     [
         ("raise", "failed (ValueError: out of luck)"),
-        ("kill", "failed (no sign of life for 5 s"),
-        ("stop", "failed (no sign of life for 5 s"),
+        ("kill", "failed (no sign of life for"),
+        ("stop", "failed (no sign of life for"),
     ],
 )
 def test_a_rank_that_fails_ends_all_and_is_named(tmp_path: Path, how: str, told: str) -> None:
@@ -148,7 +148,7 @@ def test_the_first_ranks_end_ends_all_too(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert all(process.returncode for process in processes)
-    assert "rank 0 on 127.0.0.1 failed" in said[1]
+    assert f"rank 0 on {socket.gethostname()} failed" in said[1]
 
 
 @pytest.mark.slow
