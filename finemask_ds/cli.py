@@ -16,7 +16,7 @@ from finemask_ds.commands.mask import add_mask
 from finemask_ds.commands.recipe import add_recipe
 from finemask_ds.commands.report import add_report
 from finemask_ds.commands.sweep import add_status, add_worker
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, printable
 from finemask_ds.options import Parser
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.handler(arguments) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"finemask: {error}", file=sys.stderr)
+        print(f"finemask: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `finemask mask show FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

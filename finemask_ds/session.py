@@ -23,7 +23,7 @@ from finemask_ds.config import (
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, printable
 from finemask_ds.options import parse
 from finemask_ds.report.heatmap import distance_map
 from finemask_ds.search import imp, magnitude, tamt
@@ -113,7 +113,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         return EXIT_CODE
     except UserError as error:
         if launched_rank() == 0:
-            print(f"finemask: {error}", file=sys.stderr, flush=True)
+            print(f"finemask: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Exception:
         traceback.print_exc()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from finemask_ds.errors import printable
+
 Level = Literal["ok", "note", "bad"]
 """``bad``: a run will fail or be wrong; ``note``: it will be slower, or fail later."""
 
@@ -23,9 +25,7 @@ class Finding:
     """What to type."""
 
     def __str__(self) -> str:
-        text = f"{self.level:<5} {self.what}: {self.found}{f'; {self.todo}' if self.todo else ''}"
-        # Names of hosts and folders are others' text, which a terminal must not obey.
-        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        return printable(f"{self.level:<5} {self.what}: {self.found}{f'; {self.todo}' if self.todo else ''}")
 
     @classmethod
     def parse(cls, line: str) -> Finding | None:
