@@ -24,7 +24,7 @@ from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
 from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, printable
 from finemask_ds.options import parse
 from finemask_ds.report.heatmap import distance_map
 from finemask_ds.search import imp, magnitude, tamt
@@ -103,8 +103,8 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
 
     Returns:
-        0; 2 after a user's error, which is one sentence on the first rank's standard error; 143 after SIGTERM; 1 after
-        any other error, with its trace and the rank that it happened on.
+        0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's
+        standard error; 143 after SIGTERM; 1 after any other error, with its trace and the rank that it happened on.
     """
     try:
         join_launch(os.environ)
@@ -117,7 +117,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         return EXIT_CODE
     except UserError as error:
         if launched_rank() == 0:
-            print(f"finemask: {error}", file=sys.stderr, flush=True)
+            print(f"finemask: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Exception:
         traceback.print_exc()
@@ -125,7 +125,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         return 1
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
-    return 0
+    return getattr(outcome, "exit_code", 0)
 
 
 def leave(code: int) -> NoReturn:

@@ -19,6 +19,10 @@ VOLATILE = frozenset({
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 
 
+_LOGIN = re.compile(r"://[^/\s@]+@")
+"""As in https://name:password@host."""
+
+
 def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that carries its own documentation to ``--help``."""
     metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
@@ -32,7 +36,7 @@ class Config(ABC):
     volatile: ClassVar[frozenset[str]] = VOLATILE
 
     def __post_init__(self) -> None:
-        """Check each number by itself and refuse impossible ones.
+        """Check each value by itself, and refuse impossible numbers and secrets.
 
         Raises:
             UserError: naming the option, its value and what it may be.
@@ -47,6 +51,12 @@ class Config(ABC):
                     raise UserError(f"--{field.name} {value} must be at least 1")
                 if value != value or value < 0:
                     raise UserError(f"--{field.name} {value} must not be negative")
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and _LOGIN.search(text) for text in texts):
+                raise UserError(
+                    f"--{field.name} holds a login before the @ of an address, which would stand in config.json and "
+                    "logs: type the address without it and give the secret in the environment or ~/.netrc"
+                )
 
     @property
     @abstractmethod
