@@ -17,7 +17,6 @@ from finemask_ds.config import TamtConfig
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.engine.termination import EXIT_CODE
 from finemask_ds.errors import UserError
-from finemask_ds.masks.files import load_mask
 from finemask_ds.supervise import _usable, supervise, without_options
 from tests.conftest import REPOSITORY
 
@@ -86,7 +85,7 @@ def supervised(model: Path, text: Path, run: Path, log: Path, *more: str) -> sub
         *(sys.executable, "launcher/tamt.py", "--deepspeed", "configs/ds/zero2.json", "--ranks", "2", "--model"),
         *(str(model), "--data", str(text), "--run", str(run), "--seq_len", "16", "--batch_size", "8", "--objective"),
         *("kd", "--init", "ranked", "--mask_lr", "1e-3", "--dropout", "0", "--eval_every", "0", "--save_every", "10"),
-        *("--steps", "100", "--silence_sec", "6", "--max_restarts", "3", *more),
+        *("--steps", "80", "--silence_sec", "6", "--max_restarts", "3", *more),
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as stream:
@@ -123,7 +122,7 @@ def test_a_killed_rank_is_no_end(toy_bert: Path, toy_text: Path, tmp_path: Path)
         wait_for_step(run, 10, process, log)
         victim = next(pid for pid, words in processes_of(run).items() if b"--local_rank=1" in words)
         os.kill(victim, signal.SIGKILL)
-        wait_for_step(run, newest_step(run / "checkpoints") + 20, process, log)
+        wait_for_step(run, newest_step(run / "checkpoints") + 10, process, log)
         told = log.read_text()
         assert f"finemask: rank 1 on {os.uname().nodename} ended without a word" in told
         assert "finemask: restart 1 of 3 in 2 s" in told
@@ -135,9 +134,6 @@ def test_a_killed_rank_is_no_end(toy_bert: Path, toy_text: Path, tmp_path: Path)
     finally:
         process.kill()
         process.wait()
-    whole = supervised(toy_bert, toy_text, tmp_path / "whole", log)
-    assert whole.wait(200) == 0, log.read_text()
-    assert load_mask(run / "mask.safetensors") == load_mask(tmp_path / "whole" / "mask.safetensors")
 
 
 @pytest.mark.slow
