@@ -87,7 +87,12 @@ class Scene:
 
         Without the launcher, whose own processes on head and hosts take as long to start as the ranks.
         """
-        place = {"MASTER_ADDR": self.hosts.address(0), "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        place = {
+            "MASTER_ADDR": self.hosts.address(0),
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+        }
         ranks = [
             self.hosts.start(name, [sys.executable, *self.search(run)], log, {**place, "RANK": str(rank)})
             for rank, name in enumerate(self.hosts.names)
