@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from finemask_ds import hostprocess
 from finemask_ds.config import TamtConfig
-from finemask_ds.engine.damage import newest_step
 from finemask_ds.engine.termination import EXIT_CODE
 from finemask_ds.errors import UserError
 from finemask_ds.supervise import _usable, supervise, without_options
@@ -80,82 +80,89 @@ def test_only_the_processes_of_a_launch_are_ended(tmp_path: Path) -> None:
             process.wait()
 
 
-def supervised(model: Path, text: Path, run: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [
-        *(sys.executable, "launcher/tamt.py", "--deepspeed", "configs/ds/zero2.json", "--ranks", "2", "--model"),
-        *(str(model), "--data", str(text), "--run", str(run), "--seq_len", "16", "--batch_size", "8", "--objective"),
-        *("kd", "--init", "ranked", "--mask_lr", "1e-3", "--dropout", "0", "--eval_every", "0", "--save_every", "10"),
-        *("--steps", "80", "--silence_sec", "6", "--max_restarts", "3", *more),
-    ]  # fmt: skip
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with open(log, "wb") as stream:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=stream)
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+def end(*_):
+    (folder / f"saved-{rank}").touch()
+    sys.exit(143)
+
+*_, how, folder = sys.argv[:4]
+folder, rank = Path(folder), os.environ["RANK"]
+signal.signal(signal.SIGTERM, end)
+with open(folder / f"starts-{rank}", "a") as stream:
+    stream.write("x")
+starts = (folder / f"starts-{rank}").stat().st_size
+if how == "bad input":
+    sys.exit(2)
+if how == "faults" and starts == 3:
+    sys.exit(0)
+if how == "faults" and starts == 1 and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "faults" and starts == 2 and rank == "0":
+    os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(100)
+"""
+SUPERVISOR = """
+import sys
+from finemask_ds.config import TamtConfig
+from finemask_ds.supervise import supervise
+sys.exit(supervise(TamtConfig(deepspeed="x", ranks=2, max_restarts=3), sys.argv[1:]))
+"""
 
 
-def processes_of(run: Path) -> dict[int, Sequence[bytes]]:
-    """Process -> its words, of all whose command line names the run."""
-    found = {}
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(run).encode() in words:
-            found[int(name)] = words
-    return found
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while newest_step(run / "checkpoints") < step:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_no_end(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
-    """Nor is the launcher's own, which leaves its ranks behind and has exit code 0."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    process = supervised(toy_bert, toy_text, run, log)
+@contextmanager
+def supervised(how: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The supervisor over two ranks that are no search but end in some way, at their first, second and third start."""
+    (folder / "rank.py").write_text(RANK)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(folder / "rank.py"), how, str(folder)], cwd=REPOSITORY, text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
-        wait_for_step(run, 10, process, log)
-        victim = next(pid for pid, words in processes_of(run).items() if b"--local_rank=1" in words)
-        os.kill(victim, signal.SIGKILL)
-        wait_for_step(run, newest_step(run / "checkpoints") + 10, process, log)
-        told = log.read_text()
-        assert f"finemask: rank 1 on {os.uname().nodename} ended without a word" in told
-        assert "finemask: restart 1 of 3 in 2 s" in told
-        launcher = next(pid for pid, words in processes_of(run).items() if b"deepspeed.launcher.launch" in words)
-        os.kill(launcher, signal.SIGKILL)
-        assert process.wait(200) == 0, log.read_text()
-        assert "finemask: restart 2 of 3 in 4 s" in log.read_text()
-        assert processes_of(run) == {}
+        yield process
     finally:
         process.kill()
         process.wait()
+    assert not [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if names(pid, folder)]
+
+
+def names(pid: str, folder: Path) -> bool:
+    """Whether a process's command line names a folder."""
+    try:
+        return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_sigterm_save_and_end_all_and_bad_input_is_not_tried_again(
-    toy_bert: Path, toy_text: Path, tmp_path: Path
-) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    process = supervised(toy_bert, toy_text, run, log, "--steps", "100000", "--save_every", "100000")
-    try:
-        deadline = time.monotonic() + 120
-        while "ZeRO-2" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
+def test_what_fails_is_started_again(tmp_path: Path) -> None:
+    """A rank that is killed; and the launcher itself, which then leaves its ranks behind and has exit code 0."""
+    with supervised("faults", tmp_path) as process:
+        _, told = process.communicate(timeout=200)
+        assert process.returncode == 0, told
+    assert [(tmp_path / f"starts-{rank}").read_text() for rank in (0, 1)] == ["xxx", "xxx"]
+    assert "finemask: the launch ended with code 247\nfinemask: restart 1 of 3 in 2 s\n" in told
+    assert "finemask: the launch ended with code 1\nfinemask: restart 2 of 3 in 4 s\n" in told
+
+
+@pytest.mark.slow
+def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
+    with supervised("bad input", tmp_path) as process:
+        _, told = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "restart" not in told
+    assert (tmp_path / "starts-0").read_text() == "x"
+
+
+@pytest.mark.slow
+def test_sigterm_lets_all_ranks_save_and_ends_everything(tmp_path: Path) -> None:
+    with supervised("wait", tmp_path) as process:
+        deadline = time.monotonic() + 100
+        while not all((tmp_path / f"starts-{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(1)
         process.terminate()
-        assert process.wait(60) == EXIT_CODE, log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-    assert processes_of(run) == {}
-    step = newest_step(run / "checkpoints")
-    assert f"finemask: SIGTERM: checkpoint at step {step} in {run}/checkpoints" in log.read_text()
-    again = supervised(toy_bert, toy_text, run, log, "--steps", "50")
-    assert again.wait(100) == 2, log.read_text()
-    assert "restart" not in log.read_text()
+        assert process.wait(60) == EXIT_CODE
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
