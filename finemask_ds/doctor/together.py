@@ -27,7 +27,7 @@ BERT_BASE_BYTES = 4 * 108_372_480
 """Gradients of the scores of every matrix that TAMT prunes in BERT-base, fp32: what each step reduces."""
 FAR_BELOW = 0.2
 """Of the link's speed: less is worth a look."""
-SEEN_SEC = 10.0
+SEEN_SEC = 5.0
 """A file must be seen by the other hosts within this time; network file systems look again after some seconds."""
 CLOCK_NOTE_SEC, CLOCK_BAD_SEC = 1.0, 300.0
 """Log lines of the hosts no longer line up; munge, and so Slurm, no longer takes the other's credentials."""
