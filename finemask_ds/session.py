@@ -21,6 +21,7 @@ from finemask_ds.config import (
     TrainingConfig,
 )
 from finemask_ds.engine.guard import check_ranks, describe_ranks
+from finemask_ds.engine.launched import join_launch
 from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError, printable
@@ -75,10 +76,12 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
     """The ranks that the launcher started for a DeepSpeed run, or this single process.
 
     Raises:
-        UserError: where other than ``--ranks`` ranks have started.
+        UserError: where other than ``--ranks`` ranks have started, or several for a run without DeepSpeed.
     """
     check_ranks(config.ranks)
     if not config.deepspeed:
+        if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise UserError(f"each of the {started} ranks would train alone; type --deepspeed configs/ds/zero2.json")
         yield this_process()
         return
     from finemask_ds.engine.zero import distributed
@@ -104,6 +107,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         standard error; 143 after SIGTERM; 1 after any other error, with its trace and the rank that it happened on.
     """
     try:
+        join_launch(os.environ)
         config = parse(config_class, sys.argv[1:] if argv is None else argv)
         with Termination().handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
             outcome = action(config)

@@ -90,10 +90,9 @@ def _bind(listener: socket.socket, where: Any) -> socket.socket | None:
 
 
 def _missing(ranks: Sequence[int], wait_sec: float) -> RuntimeError:
-    which = f"rank {', '.join(map(str, ranks))} has" if ranks else "some ranks have"
-    return RuntimeError(
-        f"rank {os.environ['RANK']} on {socket.gethostname()}: {which} not come within {wait_sec:.0f} s"
-    )
+    which = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "some ranks"
+    me = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    return RuntimeError(f"{which} did not come; {me} has waited for {wait_sec:.0f} s")
 
 
 def _key(rank: int) -> str:

@@ -33,6 +33,7 @@ from finemask_ds.engine.base import (
 )
 from finemask_ds.engine.guard import SILENCE_SEC, Watchdog, is_lost_peer
 from finemask_ds.engine.join import START_SEC, join
+from finemask_ds.engine.launched import choose_interface
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
@@ -60,6 +61,7 @@ def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC)
     # A plain `python launcher/tamt.py --deepspeed ...` is one rank, on a port the kernel picks.
     is_launched = "RANK" in os.environ
     os.environ.update({} if is_launched else _ALONE)
+    choose_interface(os.environ)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type != "cpu":

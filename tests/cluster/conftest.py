@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.hosts import Hosts
 from tests.cluster.networks import lacking
+from tests.cluster.ranks import HostRankPool
 from tests.cluster.slurm import Slurm
 
 
@@ -29,6 +30,14 @@ def slurm(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sl
     slurm = Slurm.up(hosts, tmp_path_factory.mktemp("slurm"))
     yield slurm
     slurm.down()
+
+
+@pytest.fixture(scope="session")
+def host_ranks(hosts: Hosts) -> Iterator[HostRankPool]:
+    """A rank on each of the two hosts."""
+    pool = HostRankPool(hosts)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)
