@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,9 @@ def check_addresses(cluster: Cluster) -> Iterator[Finding]:
         where = abbreviated(list(dict.fromkeys(facts.host for facts in open_to_all)))
         todo = "give the launcher the first host's address in the cluster: --master_addr 10.0.0.1"
         yield Finding("note", "addresses", f"all networks of {where} can reach the ranks' store", todo)
+    elif public := [address for address in listens if ipaddress.ip_address(address.partition("%")[0]).is_global]:
+        todo = "give the launcher a --master_addr of the cluster's own network, or see that a firewall keeps others out"
+        yield Finding("note", "addresses", f"the ranks listen on the public {abbreviated(public)}", todo)
     elif listens:
         yield Finding("ok", "addresses", f"the ranks listen on {abbreviated(listens)} only")
 

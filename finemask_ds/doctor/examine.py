@@ -31,6 +31,7 @@ def examine(config: DoctorConfig) -> Report:
         try:
             with _ranks(config) as world:
                 report.speaks = world.is_first
+                world.barrier()  # From then on all that will ever listen does.
                 cluster = Cluster(config, world, world.gather(look_around(config, world)))
                 for check in CHECKS:
                     report.add(check(cluster))

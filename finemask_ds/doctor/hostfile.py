@@ -23,6 +23,8 @@ SSH_SEC = 10.0
 AT_ONCE = 64
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 """As DeepSpeed reads it: what follows is ignored."""
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_KEY$", re.I)
+"""Names of variables of which the launcher makes words of a command, which `ps` shows and its log too."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -78,13 +80,18 @@ def environment_files() -> list[Path]:
 
 
 def check_forwarded(files: list[Path]) -> Iterator[Finding]:
-    """Every line must be NAME=VALUE: for the launcher a blank one is a ValueError, and a value runs in a shell."""
+    """Every line must be NAME=VALUE: for the launcher a blank one is a ValueError. Values run in a shell, for all to see."""
     for path in dict.fromkeys(path.resolve() for path in files):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             name, equals, value = line.partition("=")
             if not equals or not re.fullmatch(r"\s*[A-Za-z_]\w*", name):
                 found = f"line {number} of {path} is {line[:80]!r}, on which the launcher breaks off"
                 yield Finding("bad", "environment", found, "write NAME=VALUE lines only, none of them blank")
+            elif _SECRET.search(name):
+                found = f"{name.strip()} in line {number} of {path} is shown to all users of the hosts, and printed"
+                yield Finding(
+                    "note", "environment", found, "leave it out: keep secrets in files, as hf auth login does"
+                )
             elif re.search(r"[`$\"\\]", value):
                 found = f"the value of {name.strip()} in line {number} of {path} is obeyed by the hosts' shells"
                 yield Finding("note", "environment", found, 'leave out ` $ " and \\')

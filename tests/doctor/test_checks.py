@@ -72,6 +72,7 @@ NOTES = {
     "somebody else's programs": ({"free_bytes": 30 * GIB}, "30.0 GiB of 140.0 GiB free for rank 2", "nvidia-smi"),
     "another device": ({"device": "NVIDIA A100"}, "NVIDIA H200 and NVIDIA A100", "the slowest rank"),
     "little shared memory": ({"disks": {**ROOM, "shared memory": ("/shm", GIB // 16)}}, "in /shm", "--shm-size"),
+    "a public address": ({"listens": ("8.8.8.8",)}, "listen on the public 8.8.8.8", "--master_addr"),
     "open to all": ({"listens": ("0.0.0.0",)}, "all networks of node2 can reach", "--master_addr"),
 }  # fmt: skip
 

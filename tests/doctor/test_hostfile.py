@@ -79,6 +79,11 @@ def test_the_file_of_forwarded_variables_is_read_before_the_launcher_breaks_off_
     assert f"line 2 of {path} is ''" in line
     path.write_text("A=1\nB=2\n")
     assert [*check_forwarded([path])] == []
+    path.write_text("HF_TOKEN=hf_s3cret\n")
+    (finding,) = check_forwarded([path])
+    assert finding.level == "note"
+    assert finding.found.startswith(f"HF_TOKEN in line 1 of {path} is shown to all users")
+    assert "s3cret" not in str(finding)
     path.write_text("A=$(touch x)\n")
     (finding,) = check_forwarded([path])
     assert (finding.level, finding.found) == (
