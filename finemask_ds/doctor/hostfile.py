@@ -80,7 +80,7 @@ def environment_files() -> list[Path]:
 
 
 def check_forwarded(files: list[Path]) -> Iterator[Finding]:
-    """Every line must be NAME=VALUE: for the launcher a blank one is a ValueError. Values run in a shell, for all to see."""
+    """Every line must be NAME=VALUE, as a blank one is a ValueError there; values run in a shell, for all to see."""
     for path in dict.fromkeys(path.resolve() for path in files):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             name, equals, value = line.partition("=")
