@@ -109,6 +109,8 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     try:
         join_launch(os.environ)
         config = parse(config_class, sys.argv[1:] if argv is None else argv)
+        if isinstance(config, TrainingConfig) and (config.hostfile or config.max_restarts):
+            return _supervise(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
         with Termination().handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
             outcome = action(config)
     except Terminated as ended:
@@ -126,6 +128,12 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
     return getattr(outcome, "exit_code", 0)
+
+
+def _supervise(config: TrainingConfig, command: Sequence[str]) -> int:
+    from finemask_ds.supervise import supervise  # Only the process in front of the launcher needs it.
+
+    return supervise(config, command)
 
 
 def leave(code: int) -> NoReturn:

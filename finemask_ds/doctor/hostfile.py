@@ -103,15 +103,15 @@ def check_hosts(hosts: Mapping[str, int]) -> Iterator[Finding]:
         answers = dict(zip(hosts, pool.map(_installed_on, hosts), strict=True))
     silent = {host: answer for host, answer in answers.items() if isinstance(answer, str)}
     for host, reason in silent.items():
-        yield Finding("bad", "ssh", f"{host} {reason}", f"try: {shlex.join([*_ssh(), host, 'true'])}")
+        yield Finding("bad", "ssh", f"{host} {reason}", f"try: {shlex.join([*ssh_command(), host, 'true'])}")
     heard = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
     if heard:
         yield Finding("ok", "ssh", f"{abbreviated(list(heard), 8)} answer(s) without a password")
         yield from (finding for finding in compare_versions(heard) if finding.level == "bad")
 
 
-def _ssh() -> list[str]:
-    """As pdsh calls it."""
+def ssh_command() -> list[str]:
+    """How a host is reached: as pdsh calls ssh, asking nobody for a password."""
     return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SEC / 2:.0f}",
             *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))]  # fmt: skip
 
@@ -124,7 +124,7 @@ def _installed_on(host: str) -> dict[str, str] | str:
     script = f"cd {shlex.quote(str(here))} && exec {shlex.join(python)}"
     try:
         told = subprocess.run(
-            [*_ssh(), host, script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SSH_SEC
+            [*ssh_command(), host, script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SSH_SEC
         )
     except subprocess.TimeoutExpired:
         return f"did not answer within {SSH_SEC:.0f} s"

@@ -105,9 +105,9 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch; a single rank has only its sidecar."""
         if self.with_sidecar:
-            host, limit_sec = socket.gethostname(), self.silence_sec + self.grace_sec + 2 * self.beat_sec
-            told = f"rank {self.rank} on {host} gave no sign of life for {limit_sec:.0f} s (stopped?) and was killed"
-            self._sidecar = Sidecar(told, limit_sec)
+            # So long that the other ranks have named it first.
+            limit_sec = self.silence_sec + self.grace_sec + 2 * self.beat_sec
+            self._sidecar = Sidecar(f"rank {self.rank} on {socket.gethostname()}", limit_sec)
         if self.size > 1:
             self._store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -132,6 +132,11 @@ class Watchdog:
                 self._beat("done")
         if self._sidecar is not None:
             self._sidecar.close()
+
+    def dismiss(self) -> None:
+        """This rank ends itself, now: nobody need say that it has ended without a word."""
+        if self._sidecar is not None:
+            self._sidecar.dismiss()
 
     def report(self, error: BaseException) -> None:
         """Tell the others why this rank ends; where it only saw a peer vanish, let that one be named first."""
@@ -222,6 +227,7 @@ class Watchdog:
         failed, sentence = told.split("\n", 1)
         if self.rank == (1 if failed == "0" else 0):
             print(f"finemask: {sentence}; all ranks end", file=sys.stderr, flush=True)
+        self.dismiss()
         os._exit(1)
 
 

@@ -119,12 +119,8 @@ def train(
                 before_stop(step - 1)
                 raise UserError(f"the gradients' norm is {update.norm} at step {step}{_STOPPED}")
             continue
-        for name, value in metrics:
-            recorder.record(name, value)
-        _record_update(recorder, engine, update, rates)
-        now = time.perf_counter()
-        recorder.record("speed/step_sec", now - clock)
-        recorder.record("speed/tokens_per_sec", _num_tokens(micro_batches) * engine.world.size / (now - clock))
+        _record_step(recorder, engine, metrics, update, rates)
+        _record_speed(recorder, _num_tokens(micro_batches) * engine.world.size, time.perf_counter() - clock)
         for hook in hooks:
             hook(step)
         if is_last:
@@ -155,8 +151,21 @@ def _accumulate(
     return engine.world.sum(step_loss).item(), metrics, totals[_ASKED] > 0
 
 
-def _record_update(recorder: Recorder, engine: Engine, update: Update, rates: Mapping[str, float]) -> None:
-    """The norms, the learning rates and, where there is one, the loss scale that a step was taken with."""
+def _record_speed(recorder: Recorder, num_tokens: int, seconds: float) -> None:
+    recorder.record("speed/step_sec", seconds)
+    recorder.record("speed/tokens_per_sec", num_tokens / seconds)
+
+
+def _record_step(
+    recorder: Recorder,
+    engine: Engine,
+    metrics: Sequence[tuple[str, Tensor]],
+    update: Update,
+    rates: Mapping[str, float],
+) -> None:
+    """The losses, the norms, the learning rates and, where there is one, the loss scale of a step that was taken."""
+    for name, value in metrics:
+        recorder.record(name, value)
     recorder.record_last("train/grad_norm", update.norm)
     for label, norm in update.norms.items():
         recorder.record_last(f"grad_norm/{label}", norm)

@@ -22,11 +22,11 @@ _BEAT, _END = b".", b"!"
 class Sidecar:
     """The rank's end of it."""
 
-    def __init__(self, told: str, limit_sec: float):
+    def __init__(self, name: str, limit_sec: float):
         """Start the process.
 
         Args:
-            told: what it says of the rank when it has ended it.
+            name: of the rank, for what it says when the rank has ended without a word, or is ended by it.
             limit_sec: how long the beats may stay away.
         """
         import subprocess
@@ -35,20 +35,23 @@ class Sidecar:
         os.set_blocking(self._beats, False)
         # Its standard error is the rank's, for its one line; of the rank's other files it holds none.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), str(os.getpid()), str(limit_sec), told],
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), str(os.getpid()), str(limit_sec), name],
             stdin=read, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True,
         )  # fmt: skip
         os.close(read)
 
-    def beat(self, sign: bytes = _BEAT) -> None:
+    def beat(self) -> None:
         """The rank lives; never waits, whatever has become of the sidecar."""
-        with contextlib.suppress(OSError):
-            os.write(self._beats, sign)
+        self._sign(_BEAT)
+
+    def dismiss(self) -> None:
+        """The rank ends, or goes on without it."""
+        # Said, not only closed: a process that the rank has forked may hold the pipe open.
+        self._sign(_END)
 
     def close(self) -> None:
-        """The rank needs it no longer."""
-        # Said, not only closed: a process that the rank has forked may hold the pipe open.
-        self.beat(_END)
+        """Dismiss it and wait until it is gone."""
+        self.dismiss()
         os.close(self._beats)
         deadline = time.monotonic() + 3 * TICK_SEC
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -56,9 +59,13 @@ class Sidecar:
         self._process.kill()  # Does nothing where it has ended.
         self._process.wait()
 
+    def _sign(self, sign: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._beats, sign)
 
-def watch(beats: int, rank: int, limit_sec: float) -> bool:
-    """Wait until the rank ends (False) or its beats have stayed away for too long (True).
+
+def watch(beats: int, rank: int, limit_sec: float) -> str:
+    """Wait until the rank dismisses its sidecar, ends, or its beats have stayed away for too long; which one it was.
 
     What is counted is ticks, not the clock: one that comes late because all of the machine, or all of the job, was
     stopped for a while counts as one.
@@ -68,20 +75,27 @@ def watch(beats: int, rank: int, limit_sec: float) -> bool:
     silent_sec = 0.0
     while silent_sec <= limit_sec:
         signs = os.read(beats, 4096) if poll.poll(TICK_SEC * 1000) else None
+        if signs is not None and signs.endswith(_END):
+            return "dismissed"
         # A process whose parent is still the rank cannot take another's id for the rank's.
-        if os.getppid() != rank or signs == b"" or (signs is not None and signs.endswith(_END)):
-            return False
+        if signs == b"" or os.getppid() != rank:
+            return "ended"
         silent_sec = silent_sec + TICK_SEC if signs is None else 0.0
-    return os.getppid() == rank
+    return "silent"
 
 
-def main(rank: int, limit_sec: float, told: str) -> None:
+def main(rank: int, limit_sec: float, name: str) -> None:
     """The sidecar's program; its standard input is the pipe."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # The launcher sends them to all below it; this ends with the rank.
-    if watch(0, rank, limit_sec):
+    found, told = watch(0, rank, limit_sec), ""
+    if found == "silent" and os.getppid() == rank:
         os.kill(rank, signal.SIGKILL)
-        print(f"finemask: {told}", file=sys.stderr, flush=True)
+        told = f"gave no sign of life for {limit_sec:.0f} s (stopped?) and was killed"
+    elif found == "ended":
+        told = "ended without a word: killed, out of memory or crashed"
+    if told:
+        print(f"finemask: {name} {told}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 128 + signal.SIGTERM
 REPEAT_SEC = 5.0
@@ -30,6 +31,8 @@ class Termination:
     def __init__(self) -> None:
         self.asked = False
         """Whether SIGTERM came while the rank trained: the loop tells the other ranks, and all save."""
+        self.before_end: Callable[[], None] = lambda: None
+        """Called before this process ends at once."""
         self._trains = False
 
     @classmethod
@@ -65,7 +68,7 @@ class Termination:
         finally:
             self._trains = False
         if self.asked:
-            _end("after the last step")
+            self._end("after the last step")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Python calls this in the main thread, whenever that comes to it; the listener has heard already."""
@@ -76,17 +79,16 @@ class Termination:
             if signal.SIGTERM not in signals:
                 continue
             if not self._trains:
-                _end("outside of training")
+                self._end("outside of training")
             if self.asked and time.monotonic() - first > REPEAT_SEC:
-                _end("at the second one, before the step was done")
+                self._end("at the second one, before the step was done")
             if not self.asked:
                 self.asked, first = True, time.monotonic()
 
-
-def _end(when: str) -> None:
-    """Leave at once; one rank of each host says so."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        host = socket.gethostname()
-        told = f"finemask: SIGTERM: ended on {host} {when}; what is done and the last checkpoint stay, and the same"
-        print(f"{told} command goes on", file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    def _end(self, when: str) -> NoReturn:
+        """Leave at once; one rank of each host says so."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            ended = f"ended on {socket.gethostname()} {when}; what is done and the last checkpoint stay"
+            print(f"finemask: SIGTERM: {ended}, and the same command goes on", file=sys.stderr, flush=True)
+        self.before_end()
+        os._exit(EXIT_CODE)

@@ -70,6 +70,7 @@ def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC)
     watchdog = Watchdog(rank, size, silence_sec, with_sidecar=is_launched)
     watchdog.start()
     world = World(rank, size, device, time_out)
+    world.termination.before_end = watchdog.dismiss
     try:
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
         torch.distributed.init_process_group(
