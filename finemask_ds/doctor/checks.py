@@ -164,7 +164,10 @@ def check_addresses(cluster: Cluster) -> Iterator[Finding]:
     listens = list(dict.fromkeys(address for facts in cluster.ranks for address in facts.listens))
     if open_to_all:
         where = abbreviated(list(dict.fromkeys(facts.host for facts in open_to_all)))
-        todo = "give the launcher the first host's address in the cluster: --master_addr 10.0.0.1"
+        todo = (
+            "start with deepspeed or srun (torchrun's own store knows no better) and give the first host's address in "
+            "the cluster, as in --master_addr 10.0.0.1, not a name that means 127.0.1.1 there"
+        )
         yield Finding("note", "addresses", f"all networks of {where} can reach the ranks' store", todo)
     elif public := [address for address in listens if ipaddress.ip_address(address.partition("%")[0]).is_global]:
         todo = "give the launcher a --master_addr of the cluster's own network, or see that a firewall keeps others out"

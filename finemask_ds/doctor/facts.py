@@ -150,13 +150,19 @@ def _find_text(name: str) -> None:
 
 
 def listening() -> tuple[str, ...]:
-    """Addresses on which this process waits for connections; ``::`` and ``0.0.0.0`` are all of the machine's."""
+    """Addresses on which this rank waits for connections; ``::`` and ``0.0.0.0`` are all of the machine's.
+
+    With torchrun, which keeps the ranks' store itself, those of its process too.
+    """
     import psutil
 
-    with contextlib.suppress(psutil.Error, OSError):
-        connections = psutil.Process().net_connections(kind="tcp")
-        return tuple(sorted({c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}))
-    return ()
+    me = psutil.Process()
+    found: set[str] = set()
+    for process in (me, me.parent()) if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else (me,):
+        with contextlib.suppress(psutil.Error, OSError, AttributeError):
+            connections = process.net_connections(kind="tcp")
+            found |= {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    return tuple(sorted(found))
 
 
 def link_bits(interface: str) -> int:
