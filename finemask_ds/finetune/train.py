@@ -14,7 +14,7 @@ from finemask_ds.data.ahead import ahead
 from finemask_ds.engine.base import Batching, Engine, Group
 from finemask_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from finemask_ds.engine.local import LocalEngine
-from finemask_ds.engine.loop import every, is_due, train
+from finemask_ds.engine.loop import every, train
 from finemask_ds.engine.memory import forget_peak_memory, peak_memory_gib
 from finemask_ds.engine.record import run_recorder
 from finemask_ds.engine.world import World
@@ -168,8 +168,7 @@ class Cell:
 
     def _end_if_asked(self, step: int) -> None:
         if self.interruption.asked and step < self.job.num_steps:
-            if not is_due(self.job.config.save_every, step):
-                self._save(step)
+            self._save(step)
             raise Interrupted
 
     def _drop_weights_but(self, best: Mapping[str, Any]) -> None:
