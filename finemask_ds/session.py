@@ -21,6 +21,7 @@ from finemask_ds.config import (
     TrainingConfig,
 )
 from finemask_ds.engine.guard import check_ranks, describe_ranks
+from finemask_ds.engine.launched import join_launch
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError
 from finemask_ds.options import parse
@@ -74,10 +75,12 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
     """The ranks that the launcher started for a DeepSpeed run, or this single process.
 
     Raises:
-        UserError: where other than ``--ranks`` ranks have started.
+        UserError: where other than ``--ranks`` ranks have started, or several for a run without DeepSpeed.
     """
     check_ranks(config.ranks)
     if not config.deepspeed:
+        if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise UserError(f"each of the {started} ranks would train alone; type --deepspeed configs/ds/zero2.json")
         yield this_process()
         return
     from finemask_ds.engine.zero import distributed
@@ -103,6 +106,7 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         its trace and the rank that it happened on.
     """
     try:
+        join_launch(os.environ)
         outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))
     except UserError as error:
         if launched_rank() == 0:

@@ -30,13 +30,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, link: Connection, stacks: str, device: str) -> None:
+def serve(rank: int, size: int, master: tuple[str, int], link: Connection, stacks: str, device: str) -> None:
+    """Be one rank: join the others, then call what comes over ``link`` until that is None."""
     if device == "cpu":
         # Also on a machine with an accelerator, of which several ranks could not share one.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=master[0],
+        MASTER_PORT=str(master[1]), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
     import torch
@@ -67,8 +68,8 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=_serve,
-                args=(rank, self.size, port, theirs, str(self._stacks(rank)), self._device),
+                target=serve,
+                args=(rank, self.size, ("127.0.0.1", port), theirs, str(self._stacks(rank)), self._device),
                 daemon=True,
             )
             process.start()

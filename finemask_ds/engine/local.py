@@ -27,6 +27,7 @@ from finemask_ds.engine.base import (
     to_device,
     whole_pieces,
 )
+from finemask_ds.engine.launched import choose_interface
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.scaling import LossScale
 from finemask_ds.engine.world import World, this_process
@@ -38,6 +39,7 @@ def accelerated() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield this_process()
         return
+    choose_interface(os.environ)
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         yield World(rank=state.process_index, size=state.num_processes, device=state.device)

@@ -32,6 +32,7 @@ from finemask_ds.engine.base import (
     whole_pieces,
 )
 from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
+from finemask_ds.engine.launched import choose_interface
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
@@ -57,6 +58,7 @@ def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC)
         if "RANK" not in os.environ:
             # A plain `python launcher/tamt.py --deepspeed ...`: one rank, on a port the kernel picks.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        choose_interface(os.environ)
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_out)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()

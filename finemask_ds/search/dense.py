@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from finemask_ds.config import HeadConfig, PretrainConfig, SearchConfig
@@ -17,6 +17,7 @@ from finemask_ds.data.corpus import load_blocks
 from finemask_ds.data.once import build_once
 from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span
+from finemask_ds.engine.shared import hand_out, hosts_without
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import head_parameters
@@ -45,10 +46,12 @@ def builtin_folder(config: PretrainConfig) -> Path:
 def builtin_model(config: PretrainConfig, world: World) -> Path:
     """The folder of the built-in model, a small BERT pre-trained on the built-in language; trained where it is missing.
 
-    Every rank takes part in the training; the first writes the folder, which appears whole by one rename.
+    Every rank takes part in the training; the first writes the folder, which appears whole by one rename, and hands it
+    to the hosts that do not share its cache.
     """
     folder = builtin_folder(config)
     if world.on_first(folder.exists):
+        hand_out(world, folder)
         return folder
     language = builtin_corpus()
     fresh = _fresh_builtin(config, language)
@@ -65,6 +68,7 @@ def builtin_model(config: PretrainConfig, world: World) -> Path:
     if world.is_first:
         _save_model(_fresh_builtin(config, language), values, folder)
     world.barrier()
+    hand_out(world, folder)
     return folder
 
 
@@ -102,8 +106,7 @@ def trained_head(setting: Setting) -> dict[str, Tensor] | None:
         if setting.world.is_first:
             with atomic_write(run.head, "wb") as stream:
                 stream.write(save(values))
-        setting.world.barrier()
-    return load_file(run.head)
+    return load(setting.world.on_first(run.head.read_bytes))  # The hosts need not share the cache.
 
 
 def train_mlm(setting: Setting, model: nn.Module, groups: Sequence[Group], span: Span) -> dict[str, Tensor]:
@@ -111,8 +114,11 @@ def train_mlm(setting: Setting, model: nn.Module, groups: Sequence[Group], span:
     freeze_all_but(model, groups)
     objective = Objective(model, "mlm")
     engine = setting.engine(objective, groups)
+    is_shared = not hosts_without(setting.world, setting.run.folder)
+    if setting.world.is_first and not is_shared:
+        print("the hosts share no cache: this training begins again if it is stopped", flush=True)
     with setting.recorder(span.last) as recorder:
-        trainer = Trainer(setting, engine, objective, recorder)
+        trainer = Trainer(setting, engine, objective, recorder, keeps_checkpoints=is_shared)
         state = trainer.resume()
         trainer.run(dataclasses.replace(span, first=state["step"] + 1))
     return {name: value.cpu().clone() for name, value in engine.read(engine.parameters)}

@@ -23,6 +23,7 @@ from finemask_ds.engine.loop import Hook, Span, evaluate, every, is_due, train
 from finemask_ds.engine.memory import peak_memory_gib
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.record import run_recorder
+from finemask_ds.engine.shared import check_shared
 from finemask_ds.engine.world import World
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import head_parameters
@@ -115,7 +116,7 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
         data: data set or folder for ``config.data``.
 
     Raises:
-        UserError: for anything that is missing, or a run directory of another configuration.
+        UserError: for anything that is missing, a run directory of another configuration, or one a host does not see.
     """
     batching_of(config, world)
     pretrained = load_pretrained(model, targets=config.targets, dropout=config.dropout)
@@ -124,6 +125,7 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
     model_facts = {"name": config.model, "sha256": pretrained.digest()}
     facts = {"model": model_facts, "data": corpus.provenance, "ranks": world.size}
     run = world.on_first(lambda: open_run(Path(config.run) if config.run else None, config, facts))
+    check_shared(world, run.folder)
     return Setting(config, world, run, model, model_facts["sha256"], corpus, tokens)
 
 
@@ -188,18 +190,22 @@ class Trainer:
     recorder: Recorder
     masked: Pretrained | None = None
     """The model under masks, whose ranks must agree on them; None where plain weights are trained."""
+    keeps_checkpoints: bool = True
+    """False where the hosts share no folder for them."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def resume(self) -> dict[str, Any]:
         """Continue from the newest checkpoint; its state, or ``{"step": 0}`` where there is none."""
-        state = load_checkpoint(self.setting.run.checkpoints, self.engine) or {"step": 0}
+        kept = load_checkpoint(self.setting.run.checkpoints, self.engine) if self.keeps_checkpoints else None
+        state = kept or {"step": 0}
         self.stopwatch.before_sec = state.get("seconds", 0.0)
         return state
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint after ``step``; the seed and the data position are all that its draws depend on."""
         about = {"seed": self.setting.config.seed, "seconds": self.stopwatch.seconds}
-        save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, **about})
+        if self.keeps_checkpoints:
+            save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, **about})
 
     def run(
         self,

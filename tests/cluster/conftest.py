@@ -1,0 +1,48 @@
+"""Fixtures of the cluster tests: real hosts and a real Slurm on them, or the reason why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.hosts import Hosts
+from tests.cluster.networks import lacking
+from tests.cluster.ranks import HostRankPool
+from tests.cluster.slurm import Slurm
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two hosts and a head."""
+    if why := lacking("ip", "nsenter", "sshd", "ssh", "pdsh"):
+        pytest.skip(why)
+    hosts = Hosts.up(2, tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.down()
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Slurm over the two hosts."""
+    if why := lacking("munged", "slurmctld", "slurmd", "srun"):
+        pytest.skip(why)
+    slurm = Slurm.up(hosts, tmp_path_factory.mktemp("slurm"))
+    yield slurm
+    slurm.down()
+
+
+@pytest.fixture(scope="session")
+def host_ranks(hosts: Hosts) -> Iterator[HostRankPool]:
+    """A rank on each of the two hosts."""
+    pool = HostRankPool(hosts)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _mended(request: pytest.FixtureRequest) -> None:
+    """A test finds the hosts whole, whatever the one before did to them."""
+    for name in ("hosts", "slurm"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).mend()
