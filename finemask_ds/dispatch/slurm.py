@@ -80,7 +80,7 @@ class SlurmExecutor(Executor):
         self._command = tuple(command or (sys.executable, "-m", "finemask_ds", "worker"))
         self._after = [f"--dependency=afterany:{after}"] if after else []
         self._again, self._tidy, self._look_sec = tuple(again), "", look_sec
-        self._looked, self._answered = -math.inf, time.monotonic()
+        self._looked, self._answered, self._is_new = -math.inf, time.monotonic(), False
         self._in_queue: dict[str, str] = {}  # cell -> its task
         self._known: list[Submission] = []  # those with tasks in the queue
         self._gone: list[tuple[Submission, dict[int, str]]] = []  # with states of those that have left it
@@ -109,8 +109,9 @@ class SlurmExecutor(Executor):
 
     def start(self, plan: Plan, waiting: Sequence[str]) -> int:
         """See the base class."""
-        if all(cell in self._in_queue for cell in waiting):
+        if not self._is_new or all(cell in self._in_queue for cell in waiting):
             return 0
+        self._is_new = False  # one try after each look, however often this is asked
         jobs, before = [], len(self._in_queue)
         with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
             if not self._look(plan):
@@ -128,8 +129,9 @@ class SlurmExecutor(Executor):
 
     def poll(self, plan: Plan) -> int:
         """See the base class."""
-        if time.monotonic() - self._looked >= self._look_sec and self._look(plan):
-            for one, gone in self._gone:
+        if time.monotonic() - self._looked >= self._look_sec:
+            self._looked, self._is_new = time.monotonic(), self._look(plan)
+            for one, gone in self._gone if self._is_new else []:
                 self._settle(plan, one, gone)
         return len(self._in_queue)
 
@@ -181,13 +183,12 @@ class SlurmExecutor(Executor):
     def _look(self, plan: Plan) -> bool:
         """See which tasks live and which have left the queue; False where Slurm is silent."""
         known = read_submissions(plan)  # first, as another dispatcher may submit at any time
-        self._looked = time.monotonic()
         try:
             found = tasks(PREFIX)
         except SilentError as error:
             self._bear(error)
             return False
-        self._answered, self._told_silence = self._looked, False
+        self._answered, self._told_silence = time.monotonic(), False
         self._in_queue, self._known, self._gone = {}, [], []
         for one in known:
             own = {index: found.get((one.name, index)) for index in range(len(one.cells))}
@@ -215,7 +216,7 @@ class SlurmExecutor(Executor):
             if not self._in_queue and is_barren(plan, one):
                 with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):  # a fresh start may try again
                     write_submissions(plan, [other for other in read_submissions(plan) if other.name != one.name])
-                ends = "/".join(sorted(set(gone.values()) - {""})) or "no longer in the queue"
+                ends = "/".join(sorted(set(gone.values()) - {""})) or "left the queue"
                 raise UserError(
                     f"none of the {len(gone)} tasks of Slurm's job {one.job} has begun its cell ({ends}): it was "
                     f"cancelled, or --job_setup or --job_options is at fault; see {plan.logs}/slurm-{one.job}_*.log"
