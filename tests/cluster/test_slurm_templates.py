@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,8 @@ def site(toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path) -> Pat
         f"SMALL_OPTIONS=({shlex.quote(log)} --ntasks=1)",
         "SITE_OPTIONS=(--partition=main --comment='two words')",
         "CELL_OPTIONS=(gres=gpu:1)",
-        f"SEARCH=(--model {toy_bert} --data {toy_text} --objective kd --steps 40 --save_every 1 {toy})",
-        f"SWEEP=(--model {toy_bert} --data {toy_tasks} --tasks cola --seeds 1 --steps 4 {toy} --lr 1e-3)",
+        f"SEARCH=(--model {toy_bert} --data {toy_text} --objective kd --steps 12 --save_every 1 {toy})",
+        f"SWEEP=(--model {toy_bert} --data {toy_tasks} --tasks cola --seeds 1 --full no --steps 4 {toy} --lr 1e-3)",
         "export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1",
     ]
     path = folder / "site.sh"
@@ -39,7 +40,7 @@ def site(toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path) -> Pat
     return path
 
 
-def run(slurm: Slurm, site: Path, template: str, *options: str) -> list[str]:
+def submitted(slurm: Slurm, site: Path, template: str, *options: str) -> list[str]:
     """Run a template on the head; the numbers of the jobs it has submitted."""
     told = slurm.run(["bash", f"jobs/slurm/{template}", *options], env={"FINEMASK_SITE": str(site)})
     assert told.returncode == 0, told.stderr
@@ -50,21 +51,49 @@ def queue(slurm: Slurm) -> str:
     return slurm.run(["squeue", "--noheader"]).stdout
 
 
+def results(run: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in run.glob("downstream/cells/*/result.json")]
+
+
 def logs(site: Path) -> str:
     paths = [*site.parent.glob("*.log"), *site.parent.glob("run/downstream/logs/*")]
     return "\n".join(f"{path}:\n{path.read_text()}" for path in paths)
 
 
 @pytest.mark.slow
-def test_a_chain_ends_in_a_page_of_scores(slurm: Slurm, site: Path) -> None:
-    search, cells = run(slurm, site, "chain.sbatch", "--log_every", "1")
-    checkpoints, page = site.parent / "run/checkpoints", site.parent / "run/downstream/report/index.html"
-    wait_until(lambda: list(checkpoints.glob("step-*")), END_SEC, "the search has saved")
-    slurm.run(["scancel", "--signal=TERM", search])  # as before its time limit
+def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
+    slurm: Slurm, site: Path, toy_tasks: Path
+) -> None:
+    """Then the same search, which is done, with --dispatch: its job ends before the cells that it leaves behind."""
+    run = site.parent / "run"
+    search, _ = submitted(slurm, site, "chain.sbatch")
+    wait_until(lambda: list(run.glob("checkpoints/step-*")), END_SEC, "the search has saved")
+    slurm.run(["scancel", "--signal=TERM", search])  # as Slurm does before its time limit
     wait_until(lambda: not queue(slurm), END_SEC, "nothing is left in the queue")
-    assert page.exists(), logs(site)
-    result = read_json(site.parent / "run/result.json")
-    print(logs(site))
+    assert (run / "downstream/report/index.html").exists(), logs(site)
+    assert [result["method"] for result in results(run)] == ["tamt-kd"]
+    assert len(read_json(run / "provenance.json")["restarts"]) == 1, logs(site)
+    assert logs(site).count("2 rank(s) on 2 host(s): node1 (1), node2 (1)\n") == 2
+
+    page = (run / "downstream/report/index.html").read_bytes()
+    submitted(
+        slurm,
+        site,
+        "search.sbatch",
+        "--dispatch",
+        "slurm",
+        "--tasks",
+        "mrpc",
+        "--task_data",
+        str(toy_tasks),
+        "--finetune_seeds",
+        "2",
+    )
+    wait_until(lambda: not queue(slurm), END_SEC, "nothing is left in the queue")
+    told = [(result["task"], result["method"]) for result in results(run)]
+    assert sorted(told) == [("cola", "tamt-kd"), ("mrpc", "full"), ("mrpc", "tamt-kd")], logs(site)
+    assert (run / "downstream/report/index.html").read_bytes() != page
+    assert "stay in Slurm's queue and job " in logs(site), "the search's job has not waited"
 
 
 def test_the_templates_are_bash_and_pass_the_ranks() -> None:

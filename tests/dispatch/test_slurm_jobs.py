@@ -90,11 +90,9 @@ def test_what_was_submitted_is_found_again(tmp_path: Path) -> None:
     written = [Submission.new(["one"], [2]), Submission("finemask-0", ("one",), (0,), "12")]
     write_submissions(plan, written)
     assert read_submissions(plan) == written
-    for broken in ("{}", "[1]", '[{"name": "a"}]'):
-        (tmp_path / "slurm" / "jobs.json").write_text(broken.replace("{}", '{"a": 1}'))
-        with pytest.raises(
-            UserError, match=r"jobs\.json is no record of jobs .* cancel the plan's jobs and delete it$"
-        ):
+    for broken in ('{"a": 1}', "[1]", '[{"name": "a"}]'):
+        (tmp_path / "slurm" / "jobs.json").write_text(broken)
+        with pytest.raises(UserError, match=r"jobs\.json is no record .* cancel the plan's jobs and delete it$"):
             read_submissions(plan)
 
 
@@ -127,9 +125,7 @@ def test_every_end_of_a_task_counts_once(plan: Plan) -> None:
         "Slurm's job 12_0 ended as OUT_OF_MEMORY without leaving a word: killed, or its node is gone"
     ]
     assert errors(plan, two) == ["Slurm's job 12_1 has left the queue before it had begun the cell"]
-    assert not any(
-        (attempt.folder / "lock").exists() for cell in plan.cells for attempt in attempts_of(plan.folder(cell))
-    )
+    assert not list(plan.root.rglob("lock"))
     assert json.loads((folder / "failed.json").read_text())["attempt"] == 1
 
 
@@ -183,9 +179,7 @@ def test_a_process_that_works_alone_knows_of_no_launcher() -> None:
 def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SweepConfig(executor="slurm", masks=("m",))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"^there is no sbatch on the PATH of .*: dispatch where Slurm's commands are, or "
-    ):
+    with pytest.raises(UserError, match=r"^there is no sbatch on the PATH of .*: dispatch where Slurm"):
         executor_of(config)
     for name in ("sbatch", "squeue", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh\n")
