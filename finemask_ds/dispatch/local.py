@@ -17,17 +17,11 @@ from pathlib import Path
 from finemask_ds.dispatch.attempt import end_attempts
 from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.plan import Plan
-from finemask_ds.dispatch.worker import GRACE_SEC
+from finemask_ds.dispatch.worker import GRACE_SEC, alone
 from finemask_ds.errors import UserError
 
 MEASURE_SEC = 900.0
 """An estimate is not worth more."""
-_LAUNCHERS = re.compile(
-    r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|MASTER_ADDR|MASTER_PORT)$"
-    r"|CROSS_|OMPI_|PMI|MPI_LOCAL|MV2_|ROLE_|GROUP_WORLD_|TORCHELASTIC_|ACCELERATE_|DEEPSPEED_"
-    r"|SLURM_(PROCID|LOCALID|NODEID|STEP|NTASKS|NPROCS|TASK)"
-)
-"""Environment variables from which a worker would believe that it is one of several ranks."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class LocalExecutor(Executor):
                 end_attempts(_folders(plan), worker.pid, f"the worker {_how(code)}")
         return len(self._workers)
 
-    def stop(self, plan: Plan) -> None:
+    def stop(self, plan: Plan) -> str:
         """See the base class."""
         workers = list(self._workers.values())
         for worker in workers:
@@ -98,6 +92,7 @@ class LocalExecutor(Executor):
         self._workers.clear()
         for worker in workers:
             end_attempts(_folders(plan), worker.pid)
+        return ""
 
     def advice(self, plan: Plan) -> str:
         """See the base class."""
@@ -187,8 +182,7 @@ def visible_gpus(variables: Mapping[str, str]) -> list[str]:
 
 def environment(variables: Mapping[str, str], slot: Slot) -> dict[str, str]:
     """A worker's environment: this one without what a launcher of ranks has put there, and the slot's device."""
-    kept = {name: value for name, value in variables.items() if not _LAUNCHERS.match(name)}
-    kept |= {"OMP_NUM_THREADS": str(len(slot.cores)), "PYTHONUNBUFFERED": "1"}
+    kept = alone(variables) | {"OMP_NUM_THREADS": str(len(slot.cores)), "PYTHONUNBUFFERED": "1"}
     kept.setdefault("TOKENIZERS_PARALLELISM", "false" if len(slot.cores) == 1 else "true")
     if slot.gpu:
         kept["CUDA_VISIBLE_DEVICES"] = slot.gpu
