@@ -52,7 +52,8 @@ def _start_ranks(config: DoctorConfig, hostfile: Path, report: Report, *, severa
     options, port = options_of(config), 20_000 + secrets.randbelow(10_000)
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--no_ssh_check",
-        "--hostfile", str(hostfile), "--master_port", str(port), str(REPOSITORY / "launcher/doctor.py"), *(for_pdsh(options) if several else options),
+        "--hostfile", str(hostfile), "--master_port", str(port),
+        str(REPOSITORY / "launcher/doctor.py"), *(for_pdsh(options) if several else options),
     ]  # fmt: skip
     # In a group of its own, to be killed as a whole: a signal the launcher would answer with a pkill of all launches
     # of this user on all hosts.
