@@ -97,17 +97,18 @@ def compare_versions(hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Finding
 def check_devices(cluster: Cluster) -> Iterator[Finding]:
     """An accelerator for each rank, free, of one kind; and what it is fast in."""
     for host, ranks in cluster.hosts.items():
-        if 0 < ranks[0].num_devices < len(ranks):
-            found = f"{host} has {ranks[0].num_devices} device(s) for {len(ranks)} ranks"
-            yield Finding("bad", "devices", found, f"write slots={ranks[0].num_devices} for it in the hostfile")
-        busy = [rank for rank in ranks if rank.num_devices and rank.free_bytes < 0.9 * rank.total_bytes]
+        number = len(devices := {rank.device_id for rank in ranks if rank.device_id})
+        if devices and number < len(ranks):
+            found = f"{host} has {number} device(s) for {len(ranks)} ranks"
+            yield Finding("bad", "devices", found, f"write slots={number} for it in the hostfile")
+        busy = [rank for rank in ranks if rank.device_id and rank.free_bytes < 0.9 * rank.total_bytes]
         if busy:
             shown = f"{_gib(busy[0].free_bytes)} of {_gib(busy[0].total_bytes)} free for rank {busy[0].rank}"
             yield Finding("note", "devices", f"{shown} on {host}", "look for its other users with nvidia-smi")
     kinds = Counter(facts.device for facts in cluster.ranks)
     if len(kinds) > 1:
         yield Finding("note", "devices", " and ".join(kinds), "the slowest rank sets the pace of all")
-    told = ", ".join(f"{number} x {device}" for device, number in kinds.items())
+    told = ", ".join(f"{count} x {device}" for device, count in kinds.items())
     least = min(facts.free_bytes for facts in cluster.ranks)
     fast = set.intersection(*(set(facts.fast) for facts in cluster.ranks))
     arithmetic = f"fast in {' and '.join(sorted(fast))}" if fast else "16-bit files will be computed in fp32"
@@ -142,9 +143,7 @@ def check_disks(cluster: Cluster) -> Iterator[Finding]:
             folder, free = min(found.values(), key=lambda place: place[1])
             fine.append(f"{_gib(free)} in {folder}")
     if fine:
-        yield Finding(
-            "ok", "disk", f"{', '.join(dict.fromkeys(fine))} free{' at least' if len(cluster.hosts) > 1 else ''}"
-        )
+        yield Finding("ok", "disk", f"at least {', '.join(dict.fromkeys(fine))} free")
 
 
 def check_inputs(cluster: Cluster) -> Iterator[Finding]:

@@ -34,8 +34,8 @@ class Facts:
     versions: dict[str, str]
     device: str
     """The accelerator's name; ``cpu`` without one."""
-    num_devices: int
-    """Accelerators that this rank may use; 0 without one."""
+    device_id: str
+    """Which accelerator it is, among all; empty without one."""
     free_bytes: int
     """Of the device's memory, on a CPU of the host's."""
     total_bytes: int
@@ -69,7 +69,7 @@ def look_around(config: DoctorConfig, world: World) -> Facts:
         host=socket.gethostname(),
         versions=installed(),
         device="cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
-        num_devices=torch.cuda.device_count(),
+        device_id="" if world.device.type == "cpu" else str(torch.cuda.get_device_properties(world.device).uuid),
         free_bytes=free,
         total_bytes=total,
         fast=tuple(name for name, dtype in BLOCKS.items() if is_fast(dtype, world.device)),
@@ -91,10 +91,15 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 def available_bytes() -> int:
-    """Memory of this host that a program can still have."""
+    """Memory of this host that this process can still have, within what its container or job was given."""
     import psutil
 
-    return psutil.virtual_memory().available
+    left = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):  # As without a limit, which is "max".
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        folder = Path("/sys/fs/cgroup", group)
+        left.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(left))
 
 
 def _disks(config: DoctorConfig) -> dict[str, tuple[str, int]]:

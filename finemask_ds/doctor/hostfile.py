@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,9 @@ def check_launcher(hosts: Mapping[str, int], hostfile: Path, ranks: int) -> Iter
     else:
         yield Finding("ok", "hostfile", found)
     if len(hosts) == 1:
+        if not _is_here(host := next(iter(hosts))):
+            found = f"the launcher takes a single host for this one and starts {host}'s ranks here"
+            yield Finding("bad", "launcher", found, "type it on that host, or add --force_multi to deepspeed's options")
         return
     if shutil.which("pdsh") is None:
         todo = "apt-get install pdsh, or give deepspeed another --launcher"
@@ -71,6 +75,18 @@ def check_launcher(hosts: Mapping[str, int], hostfile: Path, ranks: int) -> Iter
         todo = "start from a folder of plain letters"
         yield Finding("bad", "folder", f"the launcher hands {os.getcwd()!r} to the hosts' shells unquoted", todo)
     yield from check_forwarded(environment_files())
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host's name or address means this machine."""
+    import psutil
+
+    own = {address.address.partition("%")[0] for listed in psutil.net_if_addrs().values() for address in listed}
+    try:
+        found = {str(place[0]) for *_, place in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return host == socket.gethostname() or not own.isdisjoint(found)
 
 
 def environment_files() -> list[Path]:

@@ -15,14 +15,16 @@ from finemask_ds.engine.world import World
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "commit": "0123456789ab"}
 ROOM = {what: (f"/{what}", 100 * GIB) for what in DISKS}
 GPU = Facts(
-    rank=0, host="node1", versions=VERSIONS, device="NVIDIA H200", num_devices=2, free_bytes=139 * GIB,
+    rank=0, host="node1", versions=VERSIONS, device="NVIDIA H200", device_id="a", free_bytes=139 * GIB,
     total_bytes=140 * GIB, fast=("fp16", "bf16"), disks=ROOM, memory_bytes=100 * GIB, listens=("10.0.0.1",),
 )  # fmt: skip
 
 
 def cluster(*ranks: Facts, **options: object) -> Cluster:
     """Two ranks on each of two hosts, or the ranks given."""
-    known = ranks or tuple(replace(GPU, rank=rank, host=f"node{rank // 2 + 1}") for rank in range(4))
+    known = ranks or tuple(
+        replace(GPU, rank=rank, host=f"node{rank // 2 + 1}", device_id=str(rank)) for rank in range(4)
+    )
     return Cluster(DoctorConfig(**options), World(), known)
 
 
@@ -51,7 +53,7 @@ BAD = {
     "another torch": ({"versions": {**VERSIONS, "torch": "2.9.0"}}, "torch is 2.9.0 on node2, 2.13.0 on node1"),
     "no torch": ({"versions": {"python": "3.11.7", "commit": "0123456789ab"}}, "torch is missing on node2"),
     "another commit": ({"versions": {**VERSIONS, "commit": "fedcba987654"}}, "check out the same commit there"),
-    "fewer devices": ({"num_devices": 1}, "node2 has 1 device(s) for 2 ranks; write slots=1"),
+    "fewer devices": ({"device_id": "2"}, "node2 has 1 device(s) for 2 ranks; write slots=1"),
     "no memory": ({"memory_bytes": GIB}, "0.5 GiB free for each rank on node2"),
     "a full disk": ({"disks": {**ROOM, "--run": ("/big", GIB)}}, "1.0 GiB free in /big on node2; two checkpoints"),
     "no model": ({"failures": {"--model": "model 'x' could not be loaded"}}, "--model: on node2: model 'x' could not"),
@@ -90,7 +92,7 @@ def test_what_is_only_slower_or_risky_is_a_note(case: str) -> None:
 def test_ranks_are_compared_with_those_asked_for():
     (line,) = bad(cluster(ranks=8))
     assert line.startswith("bad   ranks: 4 rank(s) on 2 host(s): node1 (2), node2 (2); --ranks asks for 8")
-    uneven = [replace(GPU, rank=0), replace(GPU, rank=1), replace(GPU, rank=2, host="node2")]
+    uneven = [replace(GPU, rank=0), replace(GPU, rank=1, device_id="b"), replace(GPU, rank=2, host="node2")]
     assert [finding.level for finding in findings(cluster(*uneven))].count("note") == 1
 
 

@@ -66,7 +66,9 @@ def test_slots_pdsh_and_folder_are_looked_at(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (line,) = bad([*check_launcher(hosts, Path("h"), 0)])
     assert "apt-get install pdsh" in line
-    assert bad([*check_launcher({"node1": 4}, Path("h"), 4)]) == [], "on one host the launcher needs no pdsh"
+    assert bad([*check_launcher({"localhost": 4}, Path("h"), 4)]) == [], "on one host the launcher needs no pdsh"
+    (line,) = bad([*check_launcher({"elsewhere.invalid": 4}, Path("h"), 4)])
+    assert "starts elsewhere.invalid's ranks here; type it on that host" in line
     (tmp_path / "a;b").mkdir()
     monkeypatch.chdir(tmp_path / "a;b")
     assert any("unquoted" in line for line in bad([*check_launcher(hosts, Path("h"), 4)]))
