@@ -40,6 +40,8 @@ LOOK_SEC = 10.0
 """Between two looks at the queue, which all users of a cluster share."""
 PATIENCE_SEC = 1800.0
 """So long Slurm may be silent; what is in its queue goes on meanwhile."""
+_USUAL = {"None", "JobArrayTaskLimit"}
+"""Reasons to wait that nobody need know."""
 _LOCK_SEC = 600.0
 """A dispatcher that submits for so long is gone."""
 
@@ -86,6 +88,7 @@ class SlurmExecutor(Executor):
         self._gone: list[tuple[Submission, dict[int, str]]] = []  # with states of those that have left it
         self._settled: set[str] = set()
         self._told_silence = False
+        self._told_reasons: set[str] = set()
 
     @property
     def slots(self) -> int:
@@ -190,16 +193,24 @@ class SlurmExecutor(Executor):
             return False
         self._answered, self._told_silence = time.monotonic(), False
         self._in_queue, self._known, self._gone = {}, [], []
+        reasons: set[str] = set()
         for one in known:
             own = {index: found.get((one.name, index)) for index in range(len(one.cells))}
             number = one.job or next((task.job.partition("_")[0] for task in own.values() if task), "")
             living = {index: task for index, task in own.items() if task and task.lives}
             self._in_queue |= {one.cells[index]: task.job for index, task in living.items()}
+            reasons |= {task.reason for task in living.values() if task.state == "PENDING"} - _USUAL
             if living:
                 self._known.append(replace(one, job=number))
             if number:  # else sbatch may still be at work, or has refused it
                 gone = {index: task.state if task else "" for index, task in own.items() if index not in living}
                 self._gone.append((replace(one, job=number), gone))
+        if reasons - self._told_reasons:
+            print(
+                f"Slurm: {len(self._in_queue)} tasks in the queue, some wait for {', '.join(sorted(reasons))}",
+                flush=True,
+            )
+        self._told_reasons |= reasons
         return True
 
     def _settle(self, plan: Plan, one: Submission, gone: Mapping[int, str]) -> None:
