@@ -190,6 +190,7 @@ def test_a_node_that_loses_its_power_in_the_middle_costs_no_result(slurm: Slurm,
 def test_the_queue_outlives_its_dispatcher_and_the_next_one_finds_it(slurm: Slurm, tmp_path: Path) -> None:
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(6)], retries=0)
     first = Dispatcher(slurm, plan)
+    first.says("Slurm: 6 tasks in the queue, some wait for ")
     wait_until(lambda: sum(len(starts(plan, one.id)) for one in plan.cells) == 4, 60, "two nodes are full")
     first.process.send_signal(signal.SIGINT)
     output = first.end(code=130)
