@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,26 +30,37 @@ WITHOUT_SACCT = ("sbatch", "squeue", "scontrol")
 class Dispatcher:
     """A process that dispatches a plan, as a person on a login node would; only three of Slurm's commands are there."""
 
-    def __init__(self, slurm: Slurm, plan: Plan, *options: object):
-        programs = plan.root.parent / "bin"
+    def __init__(self, slurm: Slurm, plan: Plan, *options: object, most_tasks: int = 0):
+        folder = plan.root.parent
+        programs = folder / "bin"
         programs.mkdir(exist_ok=True)
         for name in WITHOUT_SACCT:
             (programs / name).unlink(missing_ok=True)
             (programs / name).symlink_to(shutil.which(name, path=SUPER_PATH) or "")
-        self.process = subprocess.Popen(
-            [sys.executable, "tests/cluster/slurm_dispatch.py", str(plan.root), *map(str, options)],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **slurm.environment, "PATH": str(programs), "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+        if most_tasks:
+            (programs / "scontrol").unlink()
+            (programs / "scontrol").write_text(f"#!/bin/sh\necho 'MaxArraySize            = {most_tasks}'\n")
+            (programs / "scontrol").chmod(0o755)
+        self.log = folder / f"dispatcher-{len(list(folder.glob('dispatcher-*')))}.log"
+        with open(self.log, "wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "tests/cluster/slurm_dispatch.py", str(plan.root), *map(str, options)],
+                cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+                env={**os.environ, **slurm.environment, "PATH": str(programs), "PYTHONPATH": str(REPOSITORY)},
+            )  # fmt: skip
+
+    def says(self, words: str) -> None:
+        """Wait until it has."""
+        wait_until(lambda: words in self.log.read_text(), END_SEC, f"{words!r} in {self.log}")
 
     def end(self, code: int = 0) -> str:
         """What it has printed by its end."""
         try:
-            output, errors = self.process.communicate(timeout=END_SEC)
+            self.process.wait(END_SEC)
         finally:
             self.process.kill()
-        assert self.process.returncode == code, output + errors
-        return output + errors
+        assert self.process.returncode == code, self.log.read_text()
+        return self.log.read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +181,7 @@ def test_a_node_that_loses_its_power_in_the_middle_costs_no_result(slurm: Slurm,
         told = result(plan, one.id)
         assert (told["task"], told["score"]) == ("mrpc", 0.5)
         assert [word for word, *_ in diary(plan, one.id)].count("end") == 1
-        assert starts(plan, one.id) == [str(number) for number in range(1, told["attempt"] + 1)]
+        assert len(list(plan.folder(one).glob("attempt-*/result.json"))) == 1
         # At once, not when its silence is noticed: then it would have been a failure.
         assert not any(attempt.failure() for attempt in attempts_of(plan.folder(one)))
 
@@ -178,6 +190,7 @@ def test_a_node_that_loses_its_power_in_the_middle_costs_no_result(slurm: Slurm,
 def test_the_queue_outlives_its_dispatcher_and_the_next_one_finds_it(slurm: Slurm, tmp_path: Path) -> None:
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(6)], retries=0)
     first = Dispatcher(slurm, plan)
+    first.says("Slurm: 6 tasks in the queue, some wait for ")
     wait_until(lambda: sum(len(starts(plan, one.id)) for one in plan.cells) == 4, 60, "two nodes are full")
     first.process.send_signal(signal.SIGINT)
     output = first.end(code=130)
@@ -186,15 +199,39 @@ def test_the_queue_outlives_its_dispatcher_and_the_next_one_finds_it(slurm: Slur
         f"job(s) {job} stay in Slurm's queue and the same command finds them again; scancel {job} ends them" in output
     )
     assert Counter(queue(slurm).values()) == {"RUNNING": 4, "PENDING": 2}
-    second = Dispatcher(slurm, plan)
-    assert "4 running elsewhere, 2 to run on Slurm" in second.process.stdout.readline()
-    second.process.kill()
-    others = [Dispatcher(slurm, plan) for _ in range(2)]
-    (plan.root / "go").touch()
-    for other in others:
+    with stopped_controller(slurm):
+        others = [Dispatcher(slurm, plan) for _ in range(2)]
+        others[0].says("4 running elsewhere, 2 to run on Slurm")
+        others[0].process.kill()
+        others[1].says("finemask: Slurm does not answer (")
+        (plan.root / "go").touch()
+    for other in (others[1], Dispatcher(slurm, plan)):
         assert other.end().endswith("6 of 6 cells are done, 0 failed\n")
     assert len(arrays(plan)) == 1
     assert [starts(plan, one.id) for one in plan.cells] == [["1"]] * 6
+
+
+@contextlib.contextmanager
+def stopped_controller(slurm: Slurm) -> Iterator[None]:
+    """While the block runs, slurmctld answers nobody."""
+    pid = (slurm.folder / "slurmctld.pid").read_text().strip()
+    slurm.hosts.run("head", ["kill", "-STOP", pid])
+    try:
+        yield
+    finally:
+        slurm.hosts.run("head", ["kill", "-CONT", pid])
+
+
+def test_more_cells_than_an_array_may_have_tasks(slurm: Slurm, tmp_path: Path) -> None:
+    plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(5)])
+    dispatcher = Dispatcher(slurm, plan, "--slots", 3, most_tasks=2)
+    wait_until(lambda: sum(len(starts(plan, one.id)) for one in plan.cells) == 3, 60, "the slots are full")
+    assert sorted(queue(slurm).values()) == ["RUNNING"] * 3, "the rest waits outside"
+    (plan.root / "go").touch()
+    assert dispatcher.end().endswith("5 of 5 cells are done, 0 failed\n")
+    sizes = [len(re.findall(r"cell-\d", path.read_text().split("\n")[1])) for path in arrays(plan)]
+    assert sum(sizes) == 5
+    assert max(sizes) == 2
 
 
 @pytest.mark.slow
@@ -216,21 +253,17 @@ def test_a_script_that_cannot_begin_a_cell_ends_the_dispatcher(slurm: Slurm, tmp
     setup = tmp_path / "setup.sh"
     setup.write_text("echo no such module >&2; exit 3\n")
     plan = Plan.write(tmp_path / "plan", [cell("one"), cell("two")])
-    for _ in range(2):
-        told = Dispatcher(slurm, plan, "--job_setup", setup).end(code=1).splitlines()[-1]
-        assert told.startswith("finemask: none of the 2 tasks of Slurm's job ")
-        assert (
-            " has begun its cell (FAILED): it was cancelled, or --job_setup or --job_options is at fault; see " in told
-        )
-    logs = list(plan.logs.iterdir())
-    assert len(logs) == 4, "the same command tries again"
-    assert all("no such module" in log.read_text() for log in logs)
+    told = Dispatcher(slurm, plan, "--job_setup", setup).end(code=1).splitlines()[-1]
+    assert told.startswith("finemask: none of the 2 tasks of Slurm's job ")
+    assert " has begun its cell (FAILED): it was cancelled, or --job_setup or --job_options is at fault; see " in told
+    assert [log.read_text() for log in plan.logs.iterdir()] == ["no such module\n"] * 2
     for options, words in (("partition=none", "invalid partition specified: none"), ("frob=1", "unrecognized option")):
         told = Dispatcher(slurm, plan, "--job_options", options).end(code=1).splitlines()[-1]
         assert told.startswith("finemask: sbatch refuses the job (")
         assert words in told
     assert states(plan) == {"one": "waiting", "two": "waiting"}
     assert not queue(slurm)
+    assert Dispatcher(slurm, plan).end().endswith("2 of 2 cells are done, 0 failed\n")
 
 
 @pytest.mark.slow
