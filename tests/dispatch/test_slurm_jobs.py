@@ -187,7 +187,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"^cannot read --job_setup .*nowhere .*: type a file of shell lines$"):
         executor_of(SweepConfig(executor="slurm", masks=("m",), job_setup=str(tmp_path / "nowhere")))
     assert executor_of(config).waits
-    assert not executor_of(SweepConfig(executor="slurm", masks=("m",), wait="no")).waits
 
 
 def test_a_search_inside_a_job_does_not_wait_for_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
