@@ -73,6 +73,7 @@ def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
     assert (run / "downstream/report/index.html").exists(), logs(site)
     assert [result["method"] for result in results(run)] == ["tamt-kd"]
     assert len(read_json(run / "provenance.json")["restarts"]) == 1, logs(site)
+    assert logs(site).count("finemask: SIGTERM: checkpoint at step ") == 1
     assert logs(site).count("2 rank(s) on 2 host(s): node1 (1), node2 (1)\n") == 2
 
     page = (run / "downstream/report/index.html").read_bytes()
