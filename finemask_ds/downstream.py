@@ -97,7 +97,13 @@ def _slurm(config: SweepConfig) -> Executor:
     )  # fmt: skip
 
 
-EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {"local": _local, "slurm": _slurm}
+def _ray(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.ray import RayExecutor
+
+    return RayExecutor(config.ray_address, config.slots, config.job_options)
+
+
+EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {"local": _local, "slurm": _slurm, "ray": _ray}
 """--executor -> what makes it; imports what it needs only then."""
 
 
