@@ -17,7 +17,7 @@ from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.local import MEASURE_SEC
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.process import check_measured, told
-from finemask_ds.dispatch.ray_connect import connect, silence
+from finemask_ds.dispatch.ray_connect import Nodes, connect
 from finemask_ds.dispatch.ray_task import run_worker
 from finemask_ds.dispatch.worker import GRACE_SEC
 from finemask_ds.errors import UserError
@@ -25,7 +25,7 @@ from finemask_ds.errors import UserError
 LOST_SEC = 120.0
 """So long a cluster may have no room for a single worker."""
 GONE_SEC = 30.0
-"""So long its head may be silent; after 60 s Ray ends this process."""
+"""So long its head may be silent; after 60 s Ray itself ends this process, without a word to the reader."""
 _NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 """Options of Ray's tasks that are called otherwise among a node's resources."""
 
@@ -40,6 +40,7 @@ class RayExecutor(Executor):
         job_options: Sequence[str] = (),
         command: Sequence[str] | None = None,
         grace_sec: float = GRACE_SEC,
+        gone_sec: float = GONE_SEC,
     ) -> None:
         """Connect to the cluster.
 
@@ -49,20 +50,21 @@ class RayExecutor(Executor):
             job_options: NAME=VALUE, what a worker needs: num_cpus, num_gpus, memory (bytes), resources by name.
             command: of a worker, before its arguments (`commands.sweep`); None for ``finemask worker``.
             grace_sec: from SIGTERM to SIGKILL.
+            gone_sec: so long the cluster's head may be silent.
 
         Raises:
             UserError: where Ray is not installed, no cluster answers or no node can hold a worker.
         """
         asked = _numbers(job_options)
         self._ray = connect(address)
-        self._slots, self._command, self._grace_sec = slots, tuple(command or ()), grace_sec
-        self._head = self._ray.get_runtime_context().gcs_address
-        self._cluster, self._answered = f"the Ray cluster at {self._head}", time.monotonic()
+        self._slots, self._command = slots, tuple(command or ())
+        self._grace_sec, self._gone_sec = grace_sec, gone_sec
+        self._cluster = f"the Ray cluster at {self._ray.get_runtime_context().gcs_address}"
+        self._nodes, self._had_room = Nodes(self._ray), time.monotonic()
         self._name, self._started, self._last_end = f"ray-{secrets.token_hex(4)}", 0, ""
         self._tasks: dict[Any, tuple[str, Path]] = {}  # Ray's reference -> job and log
         try:
             self._needs = self._complete(asked)
-            self._room, self._had_room = self._look(), time.monotonic()
             if not self.slots:
                 raise UserError(
                     f"no node of {self._cluster} has {self._each}: ask for less by --job_options, or type --slots to "
@@ -75,7 +77,7 @@ class RayExecutor(Executor):
     @property
     def slots(self) -> int:
         """See the base class."""
-        return self._slots or self._room
+        return self._slots or self._room()
 
     @property
     def place(self) -> str:
@@ -99,14 +101,11 @@ class RayExecutor(Executor):
         Raises:
             UserError: where a node does not see the plan, or the head or all nodes have been gone for long.
         """
-        now = time.monotonic()
-        if reason := silence(self._head):
-            if now - self._answered > GONE_SEC:
-                raise UserError(f"{self._cluster} is gone ({reason}): start it again, then type the same command")
-            return len(self._tasks)
-        self._room, self._answered = self._look(), now
-        self._had_room = now if self.slots else self._had_room
-        if now - self._had_room > LOST_SEC:
+        self._nodes.look()
+        if self._nodes.silent_sec > self._gone_sec:
+            raise UserError(f"{self._cluster} is gone: start it again, then type the same command")
+        self._had_room = time.monotonic() if self.slots else self._had_room
+        if time.monotonic() - self._had_room > LOST_SEC:
             raise UserError(
                 f"{self._cluster} has had no node with {self._each} for {LOST_SEC:.0f} s: start nodes by ray start, "
                 "then type the same command"
@@ -203,13 +202,11 @@ class RayExecutor(Executor):
         options = {resource: option for option, resource in _NAMES.items()}
         return " ".join(f"{options.get(name, name)}={need:g}" for name, need in self._needs.items())
 
-    def _nodes(self) -> list[Mapping[str, float]]:
-        """The resources of every living node."""
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-
     def _complete(self, asked: Mapping[str, float]) -> dict[str, float]:
         """What a worker needs, by Ray's names: as asked, else a core, and a GPU where the cluster has any."""
-        known = {name for node in self._nodes() for name in node if not name.startswith(("node:", "object_store"))}
+        known = {
+            name for node in self._nodes.resources for name in node if not name.startswith(("node:", "object_store"))
+        }
         known |= {"CPU", "GPU", "memory"}
         if unknown := sorted(asked.keys() - known):
             options = sorted({name for name in known if name.islower()} | _NAMES.keys())
@@ -217,17 +214,18 @@ class RayExecutor(Executor):
                 f"--job_options {unknown[0]}={asked[unknown[0]]:g} names nothing that a node of {self._cluster} has; "
                 f"type one of {' '.join(options)}"
             )
-        gpus = any(node.get("GPU", 0) >= 1 for node in self._nodes())
+        gpus = any(node.get("GPU", 0) >= 1 for node in self._nodes.resources)
         needs = {"CPU": 1.0, "GPU": float(gpus), **asked}
         if not any(needs.values()):
             raise UserError("--job_options asks for nothing; type for instance num_cpus=1")
         return {name: need for name, need in needs.items() if need}
 
-    def _look(self) -> int:
-        """How many workers the nodes have room for; Ray counts in ten-thousandths."""
+    def _room(self) -> int:
+        """How many workers the nodes can hold; Ray counts in ten-thousandths."""
         each = {name: max(1, round(need * 10_000)) for name, need in self._needs.items()}
         return sum(
-            min(round(node.get(name, 0) * 10_000) // need for name, need in each.items()) for node in self._nodes()
+            min(round(node.get(name, 0) * 10_000) // need for name, need in each.items())
+            for node in self._nodes.resources
         )
 
 

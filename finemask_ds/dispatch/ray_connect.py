@@ -1,19 +1,24 @@
-"""The way into a Ray cluster that runs already, or one sentence why there is none."""
+"""The way into a Ray cluster that runs already, or one sentence why there is none; and what it has, as time goes by."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from finemask_ds.errors import UserError
 
 PROBE_SEC = 30.0
 """A cluster that has not answered by then is not there; Ray itself waits for minutes."""
+LOOK_SEC = 2.0
+"""Between two looks at the nodes."""
 _PROBE = """import ray, sys
 try:
     ray.init(sys.argv[1], log_to_driver=False)
@@ -28,6 +33,7 @@ def connect(address: str) -> Any:
         UserError: where Ray is not installed or no cluster answers.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # else Ray prints what it thinks of tasks that ended
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # nor is a cluster ever started by a call
     try:
         import ray
     except ImportError as error:
@@ -48,7 +54,7 @@ def _objection(address: str) -> str:
     if address != "auto":
         if not re.fullmatch(r"[^/]+:\d{1,5}", address):
             return "it is not given as HOST:PORT"
-        if reason := silence(address):
+        if reason := _silence(address):
             return reason
     try:
         tried = subprocess.run(
@@ -61,7 +67,7 @@ def _objection(address: str) -> str:
     return said[-1] if tried.returncode else ""
 
 
-def silence(address: str) -> str:
+def _silence(address: str) -> str:
     """Why nobody answers at HOST:PORT, "" where somebody does."""
     host, _, port = address.rpartition(":")
     try:
@@ -69,3 +75,37 @@ def silence(address: str) -> str:
     except (OSError, OverflowError) as error:
         return str(error)
     return ""
+
+
+class Nodes:
+    """The nodes of a cluster.
+
+    Whoever asks Ray for them when the head is gone waits, with all threads, until Ray ends the process. Therefore the
+    head is tried first, and asked seldom.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        """Ask for the first time."""
+        self._ray, self._head = ray, ray.get_runtime_context().gcs_address
+        self._resources: list[Mapping[str, float]] = []
+        self._tried = self._answered = -math.inf
+        self.look()
+
+    @property
+    def resources(self) -> list[Mapping[str, float]]:
+        """What each node has that lived when the head last answered."""
+        return self._resources
+
+    @property
+    def silent_sec(self) -> float:
+        """How long ago that was."""
+        return time.monotonic() - self._answered
+
+    def look(self) -> None:
+        """Ask again, if the last time is long enough ago."""
+        if time.monotonic() - self._tried < LOOK_SEC:
+            return
+        if not _silence(self._head):
+            self._resources = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._answered = time.monotonic()
+        self._tried = time.monotonic()

@@ -41,16 +41,20 @@ class RayCluster:
 
     def down(self) -> None:
         """End Ray; the hosts stay."""
-        for block in self._blocks.values():
-            os.killpg(block.pid, signal.SIGTERM)
-        for block in self._blocks.values():
-            block.wait(30)
+        for name in filter(self._runs, self.hosts.names):
+            os.killpg(self._blocks[name].pid, signal.SIGTERM)
+            self._blocks[name].wait(30)
 
     def mend(self) -> None:
-        """Start Ray where a host has lost it."""
+        """Start Ray where a host has lost it; everywhere, where that was the head's."""
+        if not self._runs(self.hosts.names[0]):
+            self.down()
         for name in self.hosts.names:
-            if name not in self._blocks or self._blocks[name].poll() is not None:
+            if not self._runs(name):
                 self._start(name)
+
+    def _runs(self, name: str) -> bool:
+        return name in self._blocks and self._blocks[name].poll() is None
 
     def _start(self, name: str) -> None:
         log = self.folder / f"{name}.log"

@@ -9,12 +9,14 @@ from finemask_ds.dispatch.executor import dispatch
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.ray import RayExecutor
 from finemask_ds.errors import UserError
+import faulthandler
+
 from tests.dispatch.fake_dispatch import COMMAND
 
 if __name__ == "__main__":
     root, address, *needs = sys.argv[1:]
     try:
-        executor = RayExecutor(address, job_options=needs, command=COMMAND, grace_sec=2.0)
+        executor = RayExecutor(address, job_options=needs, command=COMMAND, grace_sec=2.0, gone_sec=5.0)
         dispatch(Plan.read(Path(root)), executor, poll_sec=0.1)
     except UserError as error:
         sys.exit(f"finemask: {error}")
