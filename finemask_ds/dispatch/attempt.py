@@ -233,7 +233,7 @@ def end_attempts(cells: Sequence[Path], who: int | str, error: str = "") -> None
     """
     for attempt in [attempt for cell in cells for attempt in attempts_of(cell)]:
         holder = attempt.holder()
-        if holder is None or attempt.failure() is not None:
+        if holder is None:
             continue
         if attempt.job == who if isinstance(who, str) else holder.name.startswith(process_name(who)):
             if error:

@@ -40,6 +40,8 @@ LOOK_SEC = 10.0
 """Between two looks at the queue, which all users of a cluster share."""
 PATIENCE_SEC = 1800.0
 """So long Slurm may be silent; what is in its queue goes on meanwhile."""
+_USUAL = {"None", "JobArrayTaskLimit"}
+"""Reasons to wait that nobody need know."""
 _LOCK_SEC = 600.0
 """A dispatcher that submits for so long is gone."""
 
@@ -80,12 +82,14 @@ class SlurmExecutor(Executor):
         self._command = tuple(command or (sys.executable, "-m", "finemask_ds", "worker"))
         self._after = [f"--dependency=afterany:{after}"] if after else []
         self._again, self._tidy, self._look_sec = tuple(again), "", look_sec
-        self._looked, self._answered = -math.inf, time.monotonic()
+        self._untidied: list[str] = []  # arrays without a job after them
+        self._looked, self._is_new = -math.inf, False
+        self._answered, self._hears, self._told_silence = time.monotonic(), False, False
         self._in_queue: dict[str, str] = {}  # cell -> its task
         self._known: list[Submission] = []  # those with tasks in the queue
         self._gone: list[tuple[Submission, dict[int, str]]] = []  # with states of those that have left it
         self._settled: set[str] = set()
-        self._told_silence = False
+        self._told_reasons: set[str] = set()
 
     @property
     def slots(self) -> int:
@@ -100,7 +104,7 @@ class SlurmExecutor(Executor):
     @property
     def waits(self) -> bool:
         """See the base class."""
-        return not self._again
+        return not self._again or not self._hears
 
     @property
     def patience(self) -> int:
@@ -109,28 +113,31 @@ class SlurmExecutor(Executor):
 
     def start(self, plan: Plan, waiting: Sequence[str]) -> int:
         """See the base class."""
-        if all(cell in self._in_queue for cell in waiting):
+        if not self._is_new:
             return 0
-        jobs, before = [], len(self._in_queue)
-        with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
-            if not self._look(plan):
-                return 0
-            most = most_tasks()
-            while missing := [cell for cell in waiting if cell not in self._in_queue][: self._room(most)]:
-                try:
-                    jobs.append(self._submit(plan, missing))
-                except SilentError as error:
-                    self._bear(error)
-                    break
-            if jobs and self._again:
-                self._submit_tidy(plan, jobs)
-        return max(0, len(self._in_queue) - before)
+        self._is_new = False  # one try after each look, however often this is asked
+        started = 0
+        try:
+            if self._missing(waiting):
+                started = self._submit_missing(plan, waiting)
+            if self._again and self._untidied:
+                self._submit_tidy(plan)
+        except SilentError as error:
+            self._bear(error)
+        return started
 
     def poll(self, plan: Plan) -> int:
         """See the base class."""
-        if time.monotonic() - self._looked >= self._look_sec and self._look(plan):
-            for one, gone in self._gone:
-                self._settle(plan, one, gone)
+        if time.monotonic() - self._looked >= self._look_sec:
+            self._looked = time.monotonic()
+            try:
+                self._look(plan)
+            except SilentError as error:
+                self._bear(error)
+            else:
+                self._is_new = True
+                for one, gone in self._gone:
+                    self._settle(plan, one, gone)
         return len(self._in_queue)
 
     def stop(self, plan: Plan) -> str:
@@ -146,13 +153,29 @@ class SlurmExecutor(Executor):
         """See the base class."""
         return f"see {plan.logs}"
 
+    def _missing(self, waiting: Sequence[str]) -> list[str]:
+        """Cells without a task, neither in the queue nor one whose end does not count yet."""
+        held = {one.cells[index] for one, gone in self._gone for index in gone if one.task(index) not in self._settled}
+        return [cell for cell in waiting if cell not in self._in_queue and cell not in held]
+
+    def _submit_missing(self, plan: Plan, waiting: Sequence[str]) -> int:
+        """Submit arrays of the cells without a task; how many cells."""
+        started = 0
+        with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
+            self._look(plan)  # again, as another dispatcher may just have held the lock
+            most = most_tasks()
+            while cells := self._missing(waiting)[: self._room(most)]:
+                self._submit(plan, cells)
+                started += len(cells)
+        return started
+
     def _room(self, most: int) -> int:
         """How many cells the next array may have: all if it is the only one, else what the others leave."""
         alive = len(self._in_queue)
         return min(most, max(0, self._at_a_time - alive)) if self._at_a_time and alive else most
 
-    def _submit(self, plan: Plan, cells: Sequence[str]) -> str:
-        """Submit an array of cells; its number."""
+    def _submit(self, plan: Plan, cells: Sequence[str]) -> None:
+        """Submit an array of cells."""
         folders = {cell.id: plan.folder(cell) for cell in plan.cells}
         new = Submission.new(cells, [len(attempts_of(folders[cell])) for cell in cells])
         log = logs_of(plan, "%A_%a")
@@ -164,42 +187,41 @@ class SlurmExecutor(Executor):
         self._known.append(replace(new, job=job))
         write_submissions(plan, self._known)
         self._in_queue |= {cell: f"{job}_{index}" for index, cell in enumerate(cells)}
-        return job
+        self._untidied.append(job)
 
-    def _submit_tidy(self, plan: Plan, jobs: Sequence[str]) -> None:
-        """Submit the small job after some arrays."""
-        name = f"{PREFIX}tidy-{jobs[-1]}"
+    def _submit_tidy(self, plan: Plan) -> None:
+        """Submit the small job after the arrays."""
+        name = f"{PREFIX}tidy-{self._untidied[-1]}"
         script = write_script(plan, name, tidy_script(self._again, self._setup))
-        try:
-            self._tidy = submit(tidy_options(name, jobs, self._asked, logs_of(plan, "tidy-%j")), script)
-        except SilentError as error:
-            raise UserError(
-                f"Slurm has taken job(s) {' '.join(jobs)} but not the small one after them ({error}): start the same "
-                "command again when they have ended"
-            ) from error
+        options = tidy_options(name, self._untidied, self._asked, logs_of(plan, "tidy-%j"))
+        self._tidy, self._untidied = submit(options, script), []
 
-    def _look(self, plan: Plan) -> bool:
-        """See which tasks live and which have left the queue; False where Slurm is silent."""
+    def _look(self, plan: Plan) -> None:
+        """See which tasks live and which have left the queue.
+
+        Raises:
+            SilentError: where Slurm does not answer; what was seen before stays.
+        """
         known = read_submissions(plan)  # first, as another dispatcher may submit at any time
-        self._looked = time.monotonic()
-        try:
-            found = tasks(PREFIX)
-        except SilentError as error:
-            self._bear(error)
-            return False
-        self._answered, self._told_silence = self._looked, False
+        found = tasks(PREFIX)
+        self._answered, self._hears, self._told_silence = time.monotonic(), True, False
         self._in_queue, self._known, self._gone = {}, [], []
+        reasons: set[str] = set()
         for one in known:
             own = {index: found.get((one.name, index)) for index in range(len(one.cells))}
             number = one.job or next((task.job.partition("_")[0] for task in own.values() if task), "")
             living = {index: task for index, task in own.items() if task and task.lives}
             self._in_queue |= {one.cells[index]: task.job for index, task in living.items()}
-            if living:
-                self._known.append(replace(one, job=number))
+            reasons |= {task.reason for task in living.values() if task.state == "PENDING"} - _USUAL
+            gone = {index: task.state if task else "" for index, task in own.items() if index not in living}
             if number:  # else sbatch may still be at work, or has refused it
-                gone = {index: task.state if task else "" for index, task in own.items() if index not in living}
                 self._gone.append((replace(one, job=number), gone))
-        return True
+            if living or (number and any(one.task(index) not in self._settled for index in gone)):
+                self._known.append(replace(one, job=number))
+        if new := reasons - self._told_reasons:
+            told = f"{len(self._in_queue)} tasks in the queue, some wait for {', '.join(sorted(new))}"
+            print(f"Slurm: {told}", flush=True)
+        self._told_reasons |= reasons
 
     def _settle(self, plan: Plan, one: Submission, gone: Mapping[int, str]) -> None:
         """Let the ends of an array's tasks count.
@@ -215,7 +237,7 @@ class SlurmExecutor(Executor):
             if not self._in_queue and is_barren(plan, one):
                 with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):  # a fresh start may try again
                     write_submissions(plan, [other for other in read_submissions(plan) if other.name != one.name])
-                ends = "/".join(sorted(set(gone.values()) - {""})) or "no longer in the queue"
+                ends = "/".join(sorted(set(gone.values()) - {""})) or "left the queue"
                 raise UserError(
                     f"none of the {len(gone)} tasks of Slurm's job {one.job} has begun its cell ({ends}): it was "
                     f"cancelled, or --job_setup or --job_options is at fault; see {plan.logs}/slurm-{one.job}_*.log"
@@ -232,7 +254,7 @@ class SlurmExecutor(Executor):
         """
         if not self._told_silence:
             print(f"finemask: Slurm does not answer ({error}); asking again", file=sys.stderr, flush=True)
-        self._told_silence = True
+        self._hears, self._told_silence = False, True
         if time.monotonic() - self._answered > PATIENCE_SEC:
             raise UserError(
                 f"Slurm has been silent for {PATIENCE_SEC / 60:.0f} min ({error}): start the same command again later"

@@ -39,7 +39,7 @@ def settle(plan: Plan, one: Submission, index: int, job: str, state: str) -> Non
     cell, before = next((cell, before) for number, cell, before in _cells(plan, one) if number == index)
     folder, name = plan.folder(cell), one.task(index)
     log = f"{plan.logs.absolute()}/slurm-{job}.log"
-    ended = f"Slurm's job {job} " + (f"ended as {state}" if state else "is no longer in the queue")
+    ended = f"Slurm's job {job} " + (f"ended as {state}" if state else "has left the queue")
     mine = [attempt for attempt in attempts_of(folder) if attempt.job == name]
     if whole_result(folder / "result.json", cell.task) is not None:
         return

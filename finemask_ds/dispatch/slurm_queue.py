@@ -40,6 +40,8 @@ class Task:
     """As in ``scancel 12_3``."""
     state: str
     """RUNNING, PENDING, ..."""
+    reason: str
+    """Why it waits: Resources, Priority, JobHeldUser, ..."""
 
     @property
     def lives(self) -> bool:
@@ -83,14 +85,14 @@ def tasks(prefix: str) -> dict[tuple[str, int], Task]:
     Raises:
         SilentError: where squeue does not answer.
     """
-    answer = _ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%F|%K|%T|%j")
+    answer = _ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%F|%K|%T|%r|%j")
     if answer.returncode != 0:
         raise SilentError(answer.stderr.strip())
     found = {}
     for line in answer.stdout.splitlines():
-        job, number, state, name = line.split("|", 3)
+        job, number, state, reason, name = line.split("|", 4)
         if name.startswith(prefix) and number.isdecimal():
-            found[name, int(number)] = Task(f"{job}_{number}", state)
+            found[name, int(number)] = Task(f"{job}_{number}", state, reason)
     return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from finemask_ds.config import SearchConfig
