@@ -208,7 +208,7 @@ class Hosts:
         (folder / "ssh_config").write_text("".join(f"{key} {value}\n" for key, value in client.items()))
         for name in [*self.names, HEAD]:
             server = {
-                "Port": PORT, "ListenAddress": self.address(name), "HostKey": folder / "hostkey",
+                "Port": PORT, "ListenAddress": "0.0.0.0", "HostKey": folder / "hostkey",
                 "AuthorizedKeysFile": folder / "id.pub", "StrictModes": "no", "UsePAM": "no",
                 "PasswordAuthentication": "no", "PermitRootLogin": "prohibit-password", "PidFile": "none",
                 "MaxStartups": 100,

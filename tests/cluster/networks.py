@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGES = {"ip": "iproute2", "nsenter": "util-linux", "sshd": "openssh-server", "ssh": "openssh-client",
-            "pdsh": "pdsh", "munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client",
-            }  # fmt: skip
+PACKAGES = {
+    "ip": "iproute2", "nsenter": "util-linux", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh",
+    "munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "mpirun": "openmpi-bin",
+}  # fmt: skip
 """Commands and the Debian packages that hold them."""
 SUPER_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin"
 HEAD = "head"
