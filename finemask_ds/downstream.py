@@ -103,7 +103,15 @@ def _ray(config: SweepConfig) -> Executor:
     return RayExecutor(config.ray_address, config.slots, config.job_options)
 
 
-EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {"local": _local, "slurm": _slurm, "ray": _ray}
+def _elsewhere(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.elsewhere import ElsewhereExecutor
+
+    return ElsewhereExecutor()
+
+
+EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {
+    "local": _local, "slurm": _slurm, "ray": _ray, "elsewhere": _elsewhere,
+}  # fmt: skip
 """--executor -> what makes it; imports what it needs only then."""
 
 

@@ -61,6 +61,7 @@ class RayExecutor(Executor):
         self._grace_sec, self._gone_sec = grace_sec, gone_sec
         self._cluster = f"the Ray cluster at {self._ray.get_runtime_context().gcs_address}"
         self._nodes, self._had_room = Nodes(self._ray), time.monotonic()
+        self._run = self._ray.remote(run_worker)
         self._name, self._started, self._last_end = f"ray-{secrets.token_hex(4)}", 0, ""
         self._tasks: dict[Any, tuple[str, Path]] = {}  # Ray's reference -> job and log
         try:
@@ -86,6 +87,8 @@ class RayExecutor(Executor):
 
     def start(self, plan: Plan, waiting: Sequence[str]) -> int:
         """See the base class."""
+        if not self._nodes.answers:
+            return 0
         fresh = sum(log.stat().st_size == 0 for _, log in self._tasks.values())  # each will take a cell that waits
         free = max(0, min(self.slots - len(self._tasks), len(waiting) - fresh))
         for _ in range(free):
@@ -150,7 +153,7 @@ class RayExecutor(Executor):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
         rest = {name: need for name, need in self._needs.items() if name not in ("CPU", "GPU", "memory")}
-        task = self._ray.remote(run_worker).options(
+        task = self._run.options(
             num_cpus=self._needs.get("CPU", 0), num_gpus=self._needs.get("GPU", 0), memory=self._needs.get("memory"),
             resources=rest, max_retries=0, scheduling_strategy="SPREAD",
         )  # fmt: skip

@@ -101,11 +101,16 @@ class Nodes:
         """How long ago that was."""
         return time.monotonic() - self._answered
 
+    @property
+    def answers(self) -> bool:
+        """Whether the head did at the last look."""
+        return self._answered >= self._tried
+
     def look(self) -> None:
         """Ask again, if the last time is long enough ago."""
         if time.monotonic() - self._tried < LOOK_SEC:
             return
+        self._tried = time.monotonic()
         if not _silence(self._head):
             self._resources = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._answered = time.monotonic()
-        self._tried = time.monotonic()
