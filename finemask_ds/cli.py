@@ -11,28 +11,30 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from finemask_ds.commands.doctor import add_doctor
 from finemask_ds.commands.mask import add_mask
 from finemask_ds.commands.recipe import add_recipe
 from finemask_ds.commands.report import add_report
 from finemask_ds.commands.sweep import add_status, add_worker
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, printable
 from finemask_ds.options import Parser
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0, or 2 after a user's error, which is one sentence on standard error."""
+    """Run one command; its exit code, 0 for most, or 2 after a user's error, one sentence on standard error."""
+    code = 0
     try:
         arguments = _parser().parse_args(argv)
-        arguments.handler(arguments)
+        code = arguments.handler(arguments) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"finemask: {error}", file=sys.stderr)
+        print(f"finemask: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `finemask mask show FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
 def _parser() -> Parser:
@@ -46,4 +48,6 @@ def _parser() -> Parser:
     return parser
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_mask, add_status, add_report, add_recipe, add_worker)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    add_mask, add_status, add_report, add_recipe, add_doctor, add_worker,
+)  # fmt: skip

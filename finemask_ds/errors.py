@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Bad input; the launchers print the sentence once and every rank exits with code 2."""
 
 
+def printable(text: str) -> str:
+    """One line of text, escaped where a terminal would obey it: file names, tensor names and outputs are others'."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def abbreviated(names: Sequence[str], limit: int = 3) -> str:
     """The first names, escaped where a terminal would obey them, and how many more there are."""
     shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]

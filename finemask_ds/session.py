@@ -22,8 +22,9 @@ from finemask_ds.config import (
 )
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
+from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, printable
 from finemask_ds.options import parse
 from finemask_ds.report.heatmap import distance_map
 from finemask_ds.search import imp, magnitude, tamt
@@ -85,7 +86,7 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
         return
     from finemask_ds.engine.zero import distributed
 
-    with distributed(time_out_sec=config.time_out_sec) as world:
+    with distributed(time_out_sec=config.time_out_sec, silence_sec=config.silence_sec) as world:
         told = describe_ranks(world)
         if world.is_first:
             print(told, flush=True)
@@ -102,15 +103,23 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
     """What every launcher does: parse, call, exit code. The first rank speaks; every rank exits alike.
 
     Returns:
-        0; 2 after a user's error, which is one sentence on the first rank's standard error; 1 after any other, with
-        its trace and the rank that it happened on.
+        0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's
+        standard error; 143 after SIGTERM; 1 after any other error, with its trace and the rank that it happened on.
     """
     try:
         join_launch(os.environ)
-        outcome = action(parse(config_class, sys.argv[1:] if argv is None else argv))
+        config = parse(config_class, sys.argv[1:] if argv is None else argv)
+        if isinstance(config, TrainingConfig) and (config.hostfile or config.max_restarts):
+            return _supervise(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+        with Termination().handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
+            outcome = action(config)
+    except Terminated as ended:
+        if launched_rank() == 0:
+            print(f"finemask: SIGTERM: {ended}", file=sys.stderr, flush=True)
+        return EXIT_CODE
     except UserError as error:
         if launched_rank() == 0:
-            print(f"finemask: {error}", file=sys.stderr, flush=True)
+            print(f"finemask: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Exception:
         traceback.print_exc()
@@ -118,7 +127,13 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
         return 1
     if launched_rank() == 0:
         print(summary(outcome) if isinstance(outcome, dict) else outcome, flush=True)
-    return 0
+    return getattr(outcome, "exit_code", 0)
+
+
+def _supervise(config: TrainingConfig, command: Sequence[str]) -> int:
+    from finemask_ds.supervise import supervise  # Only the process in front of the launcher needs it.
+
+    return supervise(config, command)
 
 
 def leave(code: int) -> NoReturn:

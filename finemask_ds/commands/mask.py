@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finemask_ds.errors import UserError, abbreviated
+from finemask_ds.errors import UserError, abbreviated, printable
 from finemask_ds.report.table import aligned
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _print_mask(mask: Mask) -> None:
     print(aligned(["matrix", "shape", "weights", "kept", "sparsity"], rows))
     print()
     for key, value in mask.provenance.items():
-        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+        print(printable(f"{key}: {value if isinstance(value, str) else json.dumps(value)}"))
     print(f"fingerprint: {mask.fingerprint()}")
 
 

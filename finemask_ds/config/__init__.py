@@ -1,5 +1,6 @@
 """Every knob of every command, typed, with its unit and its source."""
 
+from finemask_ds.config.doctor import DoctorConfig
 from finemask_ds.config.finetune import CellKnobs, FinetuneConfig, SweepConfig
 from finemask_ds.config.knobs import VOLATILE, Config, knob
 from finemask_ds.config.recipes import TamtRecipeConfig
@@ -23,6 +24,7 @@ __all__ = [
     "VOLATILE",
     "CellKnobs",
     "Config",
+    "DoctorConfig",
     "FinetuneConfig",
     "HeadConfig",
     "ImpConfig",

@@ -11,11 +11,16 @@ from typing import Any, ClassVar
 from finemask_ds.errors import UserError
 
 VOLATILE = frozenset({
-    "run", "deepspeed", "precision", "ranks", "time_out_sec", "log_every", "watch_every", "keep_every", "eval_every",
-    "save_every", "agree_every", "micro_batch_size", "eval_batch_size", "save_model", "predict",
-    "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup", "ray_address", "wait",
+    "run", "deepspeed", "precision", "ranks", "time_out_sec", "silence_sec", "hostfile", "max_restarts", "log_every",
+    "watch_every", "keep_every", "eval_every", "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
+    "save_model", "predict", "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup",
+    "ray_address", "wait",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
+
+
+_LOGIN = re.compile(r"://[^/\s@]+@")
+"""As in https://name:password@host."""
 
 
 def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -31,12 +36,12 @@ class Config(ABC):
     volatile: ClassVar[frozenset[str]] = VOLATILE
 
     def __post_init__(self) -> None:
-        """Check each number by itself and refuse impossible ones.
+        """Check each value by itself, and refuse impossible numbers and secrets.
 
         Raises:
             UserError: naming the option, its value and what it may be.
         """
-        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec"}
+        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec", "silence_sec"}
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:
@@ -46,6 +51,12 @@ class Config(ABC):
                     raise UserError(f"--{field.name} {value} must be at least 1")
                 if value != value or value < 0:
                     raise UserError(f"--{field.name} {value} must not be negative")
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and _LOGIN.search(text) for text in texts):
+                raise UserError(
+                    f"--{field.name} holds a login before the @ of an address, which would stand in config.json and "
+                    "logs: type the address without it and give the secret in the environment or ~/.netrc"
+                )
 
     @property
     @abstractmethod

@@ -72,6 +72,12 @@ class TrainingConfig(Config):
                           choices=("fast", "file"))  # fmt: skip
     ranks: int = knob(0, "refuse to start with another number of ranks; 0: any number", unit="ranks")
     time_out_sec: int = knob(1800, "a collective that waits longer for the slowest rank ends the run", unit="seconds")
+    silence_sec: int = knob(30, "a rank that gives no sign of life for so long is given up and the run ends",
+                            unit="seconds")  # fmt: skip
+    hostfile: str = knob("", "with python, not deepspeed, in front: this process starts deepspeed on the hosts of this "
+                         "file ('node1 slots=8' a line) and sees it through")  # fmt: skip
+    max_restarts: int = knob(0, "the same, and starts it again from the last checkpoint so often after a failure, on "
+                             "the hosts that are left", unit="restarts")  # fmt: skip
     agree_every: int = knob(500, "the ranks compare hashes of their masks every so often; 0: never", unit="steps")
 
     def __post_init__(self) -> None:

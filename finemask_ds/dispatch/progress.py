@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from finemask_ds.dispatch.estimate import seconds_left
 from finemask_ds.dispatch.plan import Cell
 from finemask_ds.dispatch.survey import Standing, State, Survey
-from finemask_ds.errors import abbreviated
+from finemask_ds.errors import printable
 from finemask_ds.units import duration
 
 
@@ -75,11 +75,6 @@ class Progress:
             self.say(f"{seen.count(State.DONE)} of {len(seen.plan.cells)} cells are done, {len(failed)} failed")
 
 
-def plain(line: str) -> str:
-    """A line of a program's output, escaped where a terminal would obey it."""
-    return abbreviated([line])
-
-
 def _ended(standing: Standing) -> tuple[bool, int]:
     return standing.state is State.DONE, len(standing.failures)
 
@@ -91,9 +86,9 @@ def _line(cell: Cell, standing: Standing, seen: Survey) -> str:
         told = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
         score = result["score"]
         shown = f"{score:.4f}" if isinstance(score, int | float) else f"undefined ({result.get('undefined')})"
-        return plain(f"{cell.id}: {result.get('metric', 'score')} {shown}{told}")
+        return printable(f"{cell.id}: {result.get('metric', 'score')} {shown}{told}")
     if not standing.failures:
         return f"{cell.id}: {standing.state}"
     again = "given up" if standing.is_given_up(seen.plan.retries) else "tried again"
     tried = f"attempt {len(standing.failures)} of {seen.plan.retries + 1}"
-    return plain(f"{cell.id}: failed, {tried}, {again}: {standing.error} ({standing.failures[-1][0].failed})")
+    return printable(f"{cell.id}: failed, {tried}, {again}: {standing.error} ({standing.failures[-1][0].failed})")

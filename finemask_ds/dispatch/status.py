@@ -14,8 +14,8 @@ from rich.text import Text
 
 from finemask_ds.dispatch.estimate import seconds_left
 from finemask_ds.dispatch.plan import Plan
-from finemask_ds.dispatch.progress import plain
 from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.errors import printable
 from finemask_ds.units import duration
 
 REFRESH_SEC = 2.0
@@ -65,7 +65,7 @@ def status(seen: Survey, shown: int | None = None) -> RenderableType:
         if lines:
             kept = lines[:shown]
             more = [f"  and {len(lines) - len(kept)} more"] if len(kept) < len(lines) else []
-            parts.append(Text("\n".join(["", title, *map(plain, kept), *more])))
+            parts.append(Text("\n".join(["", title, *map(printable, kept), *more])))
     return Group(*parts)
 
 
@@ -82,7 +82,8 @@ def _counts(seen: Survey) -> Table:
         table.add_column(str(state), _number(total[state]), justify="right", style=_COLOUR[state])
     table.add_column("cells", str(total.total()), justify="right")
     for (task, method), one in counts.items():
-        table.add_row(Text(task), Text(method), *(_number(one[state]) for state in State), str(one.total()))
+        names = (Text(printable(name)) for name in (task, method))
+        table.add_row(*names, *(_number(one[state]) for state in State), str(one.total()))
     return table
 
 

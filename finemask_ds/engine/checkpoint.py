@@ -5,7 +5,7 @@ moment leaves the one before. Each rank writes the pieces that it updates, nothi
 
     shard-R.safetensors  ``values/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``: fp32, flat; the header says at which
                          flat index of the parameter they start, of what shape it is, and its AdamW step count
-    state.json           step, loss scale, and what else the run needs to go on
+    state.json           step, loss scale, what else the run needs to go on, and hashes of the shards and of itself
 
 On loading every rank reads the ranges that it updates now, so another number of ranks, another ZeRO stage and another
 micro-batch go on with the same numbers. On the same ranks and stage a resumed run is bit for bit the one that was
@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finemask_ds.engine.base import Engine
+from finemask_ds.engine.damage import complete_steps, drop_damaged, sealed, shard_name
 from finemask_ds.errors import UserError
-from finemask_ds.run import disk_full_is_user_error, read_json, write_json
+from finemask_ds.run import content_hash, disk_full_is_user_error, read_json, write_json
 
 FORMAT_VERSION = 2
 KEPT = 2
@@ -62,9 +63,10 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, state: Mapping[str,
         "data_position": step + engine.loss_scale.skipped, "loss_scale": engine.loss_scale.state(),
     }  # fmt: skip
     try:
-        world.together(
-            lambda: _write_shard(temporary / _shard(world.rank), engine) if world.rank < num_shards else None
+        written = world.together(
+            lambda: _write_shard(temporary / shard_name(world.rank), engine) if world.rank < num_shards else ""
         )
+        told["shard_hashes"] = world.gather(written)[:num_shards]
         world.on_first(lambda: _finish(temporary, final, told))
     except UserError:
         world.on_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -72,15 +74,14 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, state: Mapping[str,
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any] | None:
-    """Put the newest checkpoint's values and moments into ``engine`` and return its state, None where there is none.
+    """Put the newest whole checkpoint's values and moments into ``engine``; its state, None where there is none.
 
     Raises:
-        UserError: where it is damaged, or of another model or another version of finemask.
+        UserError: where it is of another model or another version of finemask, or none is whole.
     """
-    steps = engine.world.on_first(lambda: _complete(folder))
-    if not steps:
+    newest = drop_damaged(folder, engine.world)
+    if newest is None:
         return None
-    newest = folder / f"step-{steps[-1]}"
     state = read_json(newest / "state.json")
     with Shards(newest, state) as shards:
         shards.check(engine.shapes)
@@ -89,11 +90,6 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any] | None:
     engine.loss_scale.load(state["loss_scale"])
     engine.check_precision()
     return state
-
-
-def newest_step(folder: Path) -> int:
-    """Step of the newest whole checkpoint, 0 where there is none."""
-    return max(_complete(folder), default=0)
 
 
 class Shards:
@@ -115,7 +111,7 @@ class Shards:
         self.adam_steps: dict[str, int] = {}
         """AdamW's step count of each parameter that has moments."""
         for rank in range(state["shards"]):
-            path = folder / _shard(rank)
+            path = folder / shard_name(rank)
             try:
                 file = safe_open(path, "pt")
                 about = json.loads(file.metadata()["pieces"])
@@ -169,8 +165,8 @@ class Shards:
         return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
 
-def _write_shard(path: Path, engine: Engine) -> None:
-    """Write what this rank updates."""
+def _write_shard(path: Path, engine: Engine) -> str:
+    """Write what this rank updates; the file's hash."""
     state, tensors, about = engine.optimizer_state(), {}, {}
     for piece in engine.pieces:
         if piece.start == piece.stop:
@@ -188,6 +184,7 @@ def _write_shard(path: Path, engine: Engine) -> None:
         save_file(tensors, path, metadata={"pieces": json.dumps(about)})
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
+    return content_hash(path)
 
 
 def _load_moments(engine: Engine, shards: Shards) -> None:
@@ -208,8 +205,9 @@ def _load_moments(engine: Engine, shards: Shards) -> None:
 def _prepare(final: Path, temporary: Path) -> bool:
     """True where the checkpoint is already there; otherwise make an empty folder for it."""
     shutil.rmtree(temporary, ignore_errors=True)
-    if final.exists():
+    if (final / "state.json").exists():
         return True
+    shutil.rmtree(final, ignore_errors=True)  # What somebody has left of a damaged one.
     with disk_full_is_user_error(temporary):
         temporary.mkdir(parents=True)
     return False
@@ -217,16 +215,7 @@ def _prepare(final: Path, temporary: Path) -> bool:
 
 def _finish(temporary: Path, final: Path, told: Mapping[str, Any]) -> None:
     """Make the checkpoint appear, then drop the oldest."""
-    write_json(temporary / "state.json", told)
+    write_json(temporary / "state.json", sealed(told))
     os.replace(temporary, final)
-    for old in _complete(final.parent)[:-KEPT]:
+    for old in complete_steps(final.parent)[:-KEPT]:
         shutil.rmtree(final.parent / f"step-{old}")
-
-
-def _complete(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints, oldest first."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/state.json"))
-
-
-def _shard(rank: int) -> str:
-    return f"shard-{rank}.safetensors"

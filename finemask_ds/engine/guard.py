@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,15 +15,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from finemask_ds.engine.sidecar import Sidecar
+from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 
-BEAT_SEC = 3.0
-SILENCE_SEC = 40.0
+SILENCE_SEC = 30.0
 """A rank that has given no sign of life for so long is given up."""
-GRACE_SEC = 5.0
-"""Ranks that fail for the same reason get so long to say so themselves."""
-_FAILED = "finemask/failed"
+LOST_SHARE = 0.3
+"""The share of that time which is enough once some rank has lost the connection to another."""
+_FAILED, _LOST = "finemask/failed", "finemask/lost"
 
 
 def check_ranks(asked: int) -> None:
@@ -74,90 +74,151 @@ def check_agreement(world: World, digests: Mapping[str, str], step: int) -> None
 class Watchdog:
     """Tells the other ranks of this rank's failure, and ends this rank when another has failed or fallen silent.
 
-    A thread on every rank, over a connection of its own to the ranks' store: a rank that waits in a collective for one
-    that is gone would otherwise wait for the process group's time-out, or for ever.
+    Two threads on every rank. One talks with the ranks' store over a connection of its own: a rank that waits in a
+    collective for one that is gone would otherwise wait for the process group's time-out, or for ever. The other never
+    waits for anything: where the store has stopped answering, its host is gone or the first rank is stopped. It also
+    keeps the sidecar quiet, which ends this rank where it is stopped itself.
     """
 
     rank: int
     size: int
     silence_sec: float = SILENCE_SEC
-    beat_sec: float = BEAT_SEC
-    grace_sec: float = GRACE_SEC
+    with_sidecar: bool = True
+    """Whether somebody waits for this rank, who would do so for ever if it were stopped."""
     _ended: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
     _store: Any = None
+    _rounds: int = 0
+    _first_host: str = "an unknown host"
+    _sidecar: Sidecar | None = None
+
+    @property
+    def beat_sec(self) -> float:
+        """From one sign of life to the next."""
+        return self.silence_sec / 10
+
+    @property
+    def grace_sec(self) -> float:
+        """Ranks that fail for the same reason get so long to say so themselves."""
+        return self.silence_sec / 6
 
     def start(self) -> None:
-        """Begin to watch; with a single rank there is nobody to watch."""
-        if self.size == 1:
-            return
-        self._store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=20)
-        )
-        self._beat(0)
-        self._thread = threading.Thread(target=self._watch, name="finemask-watchdog", daemon=True)
-        self._thread.start()
+        """Begin to watch; a single rank has only its sidecar."""
+        if self.with_sidecar:
+            # So long that the other ranks have named it first.
+            limit_sec = self.silence_sec + self.grace_sec + 2 * self.beat_sec
+            self._sidecar = Sidecar(f"rank {self.rank} on {socket.gethostname()}", limit_sec)
+        if self.size > 1:
+            self._store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=20),
+            )
+            self._beat(0)
+            self._first_host = self._store.get(_beat_key(0)).decode().split("\n")[0]
+        works = [self._pulse] if self.size == 1 else [self._pulse, self._watch]
+        self._threads = [threading.Thread(target=work, name="finemask-watchdog", daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """This rank is done: no longer watched, no longer watching."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join(self.silence_sec)
+        if self._store is not None:
             with contextlib.suppress(dist.DistError):
                 self._beat("done")
+        if self._sidecar is not None:
+            self._sidecar.close()
+
+    def dismiss(self) -> None:
+        """This rank ends itself, now: nobody need say that it has ended without a word."""
+        if self._sidecar is not None:
+            self._sidecar.dismiss()
 
     def report(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; where it only saw a peer vanish, let the silent one be named first."""
-        if self._thread is None:
+        """Tell the others why this rank ends; where it only saw a peer vanish, let that one be named first."""
+        if self._store is None or isinstance(error, Terminated):
             return
-        if _is_lost_peer(error):
-            self._thread.join(self.silence_sec + self.grace_sec + 4 * self.beat_sec)
+        if is_lost_peer(error):
+            with contextlib.suppress(dist.DistError):
+                self._store.set(_LOST, "")
+            self._threads[-1].join(self.silence_sec + self.grace_sec + 4 * self.beat_sec)
         self._announce(self.rank, f"{type(error).__name__}: {error}".splitlines()[0])
 
-    def _announce(self, rank: int, reason: str) -> None:
-        # The first announcement stays: what fails afterwards fails because of it.
+    def _announce(self, rank: int, reason: str) -> str:
+        """Tell the store that a rank has failed; what it is told first, and stays: later ones fail because of it."""
         # Where the store went down with the first rank, every watchdog sees that by itself.
         with contextlib.suppress(dist.DistError):
             told = f"{rank}\nrank {rank} on {self._host_of(rank)} failed ({reason})"
-            self._store.compare_set(_FAILED, "", told)
+            return self._store.compare_set(_FAILED, "", told).decode()
+        return ""
 
     def _host_of(self, rank: int) -> str:
         beat = self._seen(rank)
         return beat.split("\n")[0] if beat else "an unknown host"
 
     def _seen(self, rank: int) -> str:
-        key = f"finemask/beat/{rank}"
+        return self._asked(_beat_key(rank))
+
+    def _asked(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _beat(self, sign: object) -> None:
-        self._store.set(f"finemask/beat/{self.rank}", f"{socket.gethostname()}\n{sign}")
+        self._store.set(_beat_key(self.rank), f"{socket.gethostname()}\n{sign}")
 
     def _watch(self) -> None:
-        last: dict[int, tuple[str, float]] = {}
-        number = 0
+        """Beat, and look for the beats of others."""
+        silent: dict[int, tuple[str, int]] = {}
         while not self._ended.wait(self.beat_sec):
-            number += 1
+            self._rounds += 1
             try:
-                self._beat(number)
-                told = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
-                if not told:
-                    self._look_for_silence(last)
+                self._beat(self._rounds)
+                told = self._asked(_FAILED) or self._look_for_silence(silent)
             except dist.DistError:
-                told = f"0\nrank 0 on {os.environ['MASTER_ADDR']} failed (the ranks' store went with it)"
+                told = f"0\nrank 0 on {self._first_host} failed (the ranks' store went with it)"
             if told:
                 self._end(told)
 
-    def _look_for_silence(self, last: dict[int, tuple[str, float]]) -> None:
-        """The first rank looks at all others; they look at the first."""
-        now = time.monotonic()
+    def _pulse(self) -> None:
+        """Tell the sidecar that this rank lives, and see whether the store still answers."""
+        answered, unanswered = self._rounds, 0
+        while not self._ended.wait(self.beat_sec):
+            if self._sidecar is not None:
+                self._sidecar.beat()
+            if self._store is None:
+                continue
+            answered, unanswered = self._rounds, unanswered + 1 if answered == self._rounds else 0
+            if unanswered * self.beat_sec > self.silence_sec:
+                self._end(f"0\nrank 0 on {self._first_host} failed ({self._no_sign_of_life(unanswered)})")
+
+    def _look_for_silence(self, silent: dict[int, tuple[str, int]]) -> str:
+        """The first rank looks at all others; they look at the first.
+
+        Looks are counted, not seconds: where all ranks were stopped for a while and go on, none has been silent.
+
+        Args:
+            silent: rank -> its last beat and the number of looks since.
+
+        Returns:
+            What was announced of one that has been silent for too long.
+        """
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             beat = self._seen(rank)
+            before, looks = silent.get(rank, ("", 0))
+            silent[rank] = (beat, looks + 1 if beat == before else 0)
             if beat.endswith("\ndone"):
                 continue
-            if last.get(rank, ("", 0.0))[0] != beat or rank not in last:
-                last[rank] = (beat, now)
-            elif now - last[rank][1] > self.silence_sec:
-                self._announce(rank, f"no sign of life for {self.silence_sec:.0f} s; killed, or its host is gone")
+            # A rank that has lost the connection to another knows already that some rank is gone.
+            patience_sec = self.silence_sec * (LOST_SHARE if self._store.check([_LOST]) else 1)
+            if silent[rank][1] * self.beat_sec > patience_sec:
+                return self._announce(rank, self._no_sign_of_life(silent[rank][1]))
+        return ""
+
+    def _no_sign_of_life(self, beats: int) -> str:
+        return f"no sign of life for {beats * self.beat_sec:.0f} s; killed or stopped, or its host is gone"
 
     def _end(self, told: str) -> None:
         """Leave at once: the main thread may hang in a collective that nothing else ends."""
@@ -166,11 +227,16 @@ class Watchdog:
         failed, sentence = told.split("\n", 1)
         if self.rank == (1 if failed == "0" else 0):
             print(f"finemask: {sentence}; all ranks end", file=sys.stderr, flush=True)
+        self.dismiss()
         os._exit(1)
 
 
-def _is_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank went away."""
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "connectfullmesh", "timed out")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _beat_key(rank: int) -> str:
+    return f"finemask/beat/{rank}"

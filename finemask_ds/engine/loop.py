@@ -20,6 +20,8 @@ Batch = Mapping[str, Tensor]
 Hook = Callable[[int], None]
 """Called with the number of the step just taken."""
 
+_ASKED = "asked to end"
+"""How many ranks were; summed with the step's counts, so that all ranks know it after the same step, at no cost."""
 _STOPPED = "; the weights of the step before are kept; type a lower learning rate"
 
 
@@ -76,6 +78,7 @@ def train(
     hooks: Sequence[Hook] = (),
     watched: Callable[[int], Mapping[str, Sequence[str]]] = lambda step: {},
     before_stop: Hook = lambda step: None,
+    terminated: Hook = lambda step: None,
 ) -> None:
     """Take the steps of ``span``.
 
@@ -93,6 +96,7 @@ def train(
         hooks: called in order after each step.
         watched: step -> label -> names of parameters whose gradient norm is recorded.
         before_stop: called with the last good step when the loss or a gradient is not finite.
+        terminated: called, on all ranks, after the step in which some rank was asked to end.
 
     Raises:
         UserError: on a non-finite loss or gradient in fp32 or bf16, or after 50 overflows of fp16 in a row, on all
@@ -104,7 +108,7 @@ def train(
         position = step + engine.loss_scale.skipped
         torch.manual_seed(_draw_seed(seed, position, engine.world.rank))
         micro_batches = batches(position)
-        loss, metrics = _accumulate(engine, task, micro_batches, counts)
+        loss, metrics, is_last = _accumulate(engine, task, micro_batches, counts)
         if not math.isfinite(loss) and not engine.loss_scale.is_on:
             before_stop(step - 1)
             raise UserError(f"the loss is {loss} at step {step}{_STOPPED}")
@@ -115,22 +119,25 @@ def train(
                 before_stop(step - 1)
                 raise UserError(f"the gradients' norm is {update.norm} at step {step}{_STOPPED}")
             continue
-        for name, value in metrics:
-            recorder.record(name, value)
-        _record_update(recorder, engine, update, rates)
-        now = time.perf_counter()
-        recorder.record("speed/step_sec", now - clock)
-        recorder.record("speed/tokens_per_sec", _num_tokens(micro_batches) * engine.world.size / (now - clock))
+        _record_step(recorder, engine, metrics, update, rates)
+        _record_speed(recorder, _num_tokens(micro_batches) * engine.world.size, time.perf_counter() - clock)
         for hook in hooks:
             hook(step)
+        if is_last:
+            terminated(step)
         clock, step = time.perf_counter(), step + 1
 
 
 def _accumulate(
     engine: Engine, task: Task, micro_batches: Sequence[Batch], counts: Callable[[Batch], Mapping[str, int]]
-) -> tuple[float, list[tuple[str, Tensor]]]:
-    """Forward and backward of a step's micro-batches: the loss over all ranks, and metrics to record if it counts."""
-    totals = _total_counts(engine, [counts(batch) for batch in micro_batches])
+) -> tuple[float, list[tuple[str, Tensor]], bool]:
+    """Forward and backward of a step's micro-batches.
+
+    Returns:
+        The loss over all ranks, metrics to record if the step counts, and whether some rank was asked to end after it.
+    """
+    counted = [*map(counts, micro_batches), {_ASKED: int(engine.world.termination.asked)}]
+    totals = _total_counts(engine, counted)
     # A micro-batch's share of the step's mean; the recorder's mean over ranks and micro-batches is their sum.
     shares = engine.world.size * len(micro_batches)
     step_loss = torch.zeros((), dtype=torch.float64, device=engine.world.device)
@@ -141,11 +148,24 @@ def _accumulate(
         engine.backward(loss)
         step_loss += loss.detach()
         metrics += [(f"train/{name}", value.detach() * shares) for name, value in sums.items()]
-    return engine.world.sum(step_loss).item(), metrics
+    return engine.world.sum(step_loss).item(), metrics, totals[_ASKED] > 0
 
 
-def _record_update(recorder: Recorder, engine: Engine, update: Update, rates: Mapping[str, float]) -> None:
-    """The norms, the learning rates and, where there is one, the loss scale that a step was taken with."""
+def _record_speed(recorder: Recorder, num_tokens: int, seconds: float) -> None:
+    recorder.record("speed/step_sec", seconds)
+    recorder.record("speed/tokens_per_sec", num_tokens / seconds)
+
+
+def _record_step(
+    recorder: Recorder,
+    engine: Engine,
+    metrics: Sequence[tuple[str, Tensor]],
+    update: Update,
+    rates: Mapping[str, float],
+) -> None:
+    """The losses, the norms, the learning rates and, where there is one, the loss scale of a step that was taken."""
+    for name, value in metrics:
+        recorder.record(name, value)
     recorder.record_last("train/grad_norm", update.norm)
     for label, norm in update.norms.items():
         recorder.record_last(f"grad_norm/{label}", norm)
@@ -186,9 +206,9 @@ def evaluate(
 
 
 def _total_counts(engine: Engine, counted: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Counts summed over the step's micro-batches and all ranks."""
-    names = sorted(counted[0])
-    local = torch.tensor([sum(one[name] for one in counted) for name in names], device=engine.world.device)
+    """Counts summed over what is given, such as the step's micro-batches, and over all ranks."""
+    names = sorted({name for one in counted for name in one})
+    local = torch.tensor([sum(one.get(name, 0) for one in counted) for name in names], device=engine.world.device)
     return dict(zip(names, engine.world.sum(local).tolist(), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finemask_ds.engine.checkpoint import newest_step
+from finemask_ds.engine.damage import drop_damaged, newest_step
 from finemask_ds.engine.metrics import Destination, Jsonl, Recorder, TensorBoardWriter
 from finemask_ds.engine.progress import Console
 from finemask_ds.engine.world import World
@@ -14,6 +14,7 @@ def run_recorder(run: Run, world: World, total_steps: int) -> Recorder:
 
     What a killed run logged after its last checkpoint is dropped.
     """
+    drop_damaged(run.checkpoints, world)
     start_step = newest_step(run.checkpoints)
     destinations: list[Destination] = []
     lines = Jsonl(run.metrics)

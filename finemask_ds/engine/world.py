@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finemask_ds.engine.termination import Termination
 from finemask_ds.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     time_out: timedelta | None = None
     """How long a collective may wait; None: as long as torch lets it."""
+    termination: Termination = field(default_factory=Termination.current, compare=False, repr=False)
+    """Whether a scheduler wants this rank to end."""
 
     @property
     def is_first(self) -> bool:

@@ -31,13 +31,17 @@ from finemask_ds.engine.base import (
     to_device,
     whole_pieces,
 )
-from finemask_ds.engine.guard import SILENCE_SEC, Watchdog
+from finemask_ds.engine.guard import SILENCE_SEC, Watchdog, is_lost_peer
+from finemask_ds.engine.join import START_SEC, join
 from finemask_ds.engine.launched import choose_interface
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
 from finemask_ds.engine.settings import check_settings, read_settings, set_communication, size_buckets
+from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @contextlib.contextmanager
@@ -54,31 +58,41 @@ def distributed(*, time_out_sec: float = 1800, silence_sec: float = SILENCE_SEC)
     if accelerator.device_name() == "cpu":
         # The shared-memory extension takes a minute to build and gloo is as fast.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
-        if "RANK" not in os.environ:
-            # A plain `python launcher/tamt.py --deepspeed ...`: one rank, on a port the kernel picks.
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        choose_interface(os.environ)
-        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_out)
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # A plain `python launcher/tamt.py --deepspeed ...` is one rank, on a port the kernel picks.
+    is_launched = "RANK" in os.environ
+    os.environ.update({} if is_launched else _ALONE)
+    choose_interface(os.environ)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type != "cpu":
         accelerator.set_device(device.index or 0)
-    watchdog = Watchdog(rank, size, silence_sec)
+    store = join(rank, size, silence_sec + START_SEC)
+    watchdog = Watchdog(rank, size, silence_sec, with_sidecar=is_launched)
     watchdog.start()
+    world = World(rank, size, device, time_out)
+    world.termination.before_end = watchdog.dismiss
     try:
+        backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
+        torch.distributed.init_process_group(
+            backend, timeout=time_out, store=torch.distributed.PrefixStore("torch", store), rank=rank, world_size=size,
+            device_id=device if device.type == "cuda" and size > 1 else None,
+        )  # fmt: skip
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         with warnings.catch_warnings():
             # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-            yield World(rank, size, device, time_out)
+            yield world
             torch.distributed.barrier()  # None leaves while another still needs it or its store.
     except BaseException as error:
+        if world.termination.asked and is_lost_peer(error):
+            raise Terminated("other ranks were gone before the step was done; the same command goes on") from error
         watchdog.report(error)
         raise
     finally:
         watchdog.stop()
         deepspeed.comm.destroy_process_group()
+        for name in () if is_launched else _ALONE:
+            del os.environ[name]
 
 
 class ZeroEngine(Engine):

@@ -114,6 +114,19 @@ def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) 
     return Pretrained(model, tokenizer, name, not missing, prunable(model, targets))
 
 
+def find_model(name: str) -> None:
+    """Look whether `load_pretrained` would find a model, without reading or fetching its weights.
+
+    Raises:
+        UserError: unknown model or family, or a folder without safetensors.
+    """
+    transformers = quiet_transformers()
+    with loading(name):
+        family_of(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type)
+        if Path(name).is_dir() and not any(Path(name).glob("model*.safetensors")):
+            raise OSError("no model.safetensors in it")
+
+
 def new_pretrained(config: Mapping[str, Any], tokenizer_folder: Path, *, dropout: float, seed: int = 0) -> Pretrained:
     """A freshly drawn masked language model over a tokenizer's vocabulary (the built-in model before training).
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finemask_ds.errors import printable
+
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell; the first to the left, the others to the right."""
@@ -20,11 +22,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _padded(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    table = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         [
             cell.ljust(width) if index == 0 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        for row in [header, *rows]
+        for row in table
     ]

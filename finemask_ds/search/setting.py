@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from finemask_ds.engine.memory import peak_memory_gib
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.record import run_recorder
 from finemask_ds.engine.shared import check_shared
+from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import head_parameters
@@ -225,19 +226,29 @@ class Trainer:
         """
         config, dev = self.setting.config, self.setting.dev_batches()
         roles = self._roles()
-        train(
-            self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder, seed=config.seed,
-            hooks=[
-                *after_step,
-                every(config.agree_every, self._agree),
-                every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
-                *(every(config.watch_every, hook, last=span.last) for hook in watch),
-                every(config.log_every, self._log, last=span.last),
-                every(config.save_every, lambda step: self.save(step, state())),
-            ],
-            watched=lambda step: roles if is_due(config.watch_every, step, last=span.last) else {},
-            before_stop=lambda step: self.save(step, state()),
-        )  # fmt: skip
+        with self.engine.world.termination.training():
+            train(
+                self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder,
+                seed=config.seed,
+                hooks=[
+                    *after_step,
+                    every(config.agree_every, self._agree),
+                    every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
+                    *(every(config.watch_every, hook, last=span.last) for hook in watch),
+                    every(config.log_every, self._log, last=span.last),
+                    every(config.save_every, lambda step: self.save(step, state())),
+                ],
+                watched=lambda step: roles if is_due(config.watch_every, step, last=span.last) else {},
+                before_stop=lambda step: self.save(step, state()),
+                terminated=lambda step: self._terminate(step, state()),
+            )  # fmt: skip
+
+    def _terminate(self, step: int, state: Mapping[str, Any]) -> NoReturn:
+        """A rank was asked to end: save where all ranks stand now, and end them all."""
+        self.save(step, state)
+        folder = self.setting.run.checkpoints
+        kept = f"checkpoint at step {step} in {folder}" if self.keeps_checkpoints else f"step {step} is lost"
+        raise Terminated(f"{kept}; the same command goes on")
 
     def _roles(self) -> dict[str, list[str]]:
         """Role (Q, K, ... or ``other``) -> names of the trained parameters whose gradient norm is logged under it."""

@@ -10,9 +10,8 @@ from finemask_ds.dispatch.executor import dispatch
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.slurm import SlurmExecutor
 from finemask_ds.errors import UserError
-from tests.conftest import REPOSITORY
 
-WORKER = (sys.executable, str(REPOSITORY / "tests" / "dispatch" / "fake_worker.py"))
+WORKER = (sys.executable, str(Path(__file__).parents[1] / "dispatch" / "fake_worker.py"))
 
 
 def main() -> None:

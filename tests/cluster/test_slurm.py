@@ -181,7 +181,7 @@ def test_a_node_that_loses_its_power_in_the_middle_costs_no_result(slurm: Slurm,
         told = result(plan, one.id)
         assert (told["task"], told["score"]) == ("mrpc", 0.5)
         assert [word for word, *_ in diary(plan, one.id)].count("end") == 1
-        assert starts(plan, one.id) == [str(number) for number in range(1, told["attempt"] + 1)]
+        assert len(list(plan.folder(one).glob("attempt-*/result.json"))) == 1
         # At once, not when its silence is noticed: then it would have been a failure.
         assert not any(attempt.failure() for attempt in attempts_of(plan.folder(one)))
 

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from finemask_ds.engine.guard import check_agreement, check_ranks, describe_ranks
+from finemask_ds.engine.join import join
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from tests.conftest import REPOSITORY
@@ -104,7 +104,7 @@ def start_ranks(how: str, folder: Path, size: int = 3, failing: int = -1) -> lis
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, how, str(folder), str(failing % size)], cwd=REPOSITORY, text=True,
+            [sys.executable, "-c", RANK, how, str(folder), str(failing)], cwd=REPOSITORY, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -114,33 +114,21 @@ def start_ranks(how: str, folder: Path, size: int = 3, failing: int = -1) -> lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "failing", "told"),
     [
-        ("raise", "failed (ValueError: out of luck)"),
-        ("kill", "failed (no sign of life for 5 s"),
-        ("stop", "failed (no sign of life for 5 s"),
+        ("raise", 2, "failed (ValueError: out of luck)"),
+        ("kill", 2, "failed (no sign of life for"),
+        ("stop", 2, "failed (no sign of life for"),
+        ("kill", 0, "failed (the ranks' store went with it)"),
+        ("stop", 0, "failed (no sign of life for"),
     ],
 )
-def test_a_rank_that_fails_ends_all_and_is_named(tmp_path: Path, how: str, told: str) -> None:
-    """It raises, is killed, or stands still while the others wait for it in a collective."""
-    processes = start_ranks(how, tmp_path)
-    started = time.monotonic()
-    try:
-        said = [process.communicate(timeout=60)[1] for process in processes[:-1]]
-        waited = time.monotonic() - started
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert waited < 60
-    assert all(process.returncode for process in processes)
-    assert f"rank 2 on {socket.gethostname()} {told}" in said[0]
+def test_a_rank_that_fails_ends_all_and_is_named(tmp_path: Path, how: str, failing: int, told: str) -> None:
+    """It raises, is killed, or is stopped while the others wait for it in a collective; with the first goes the store.
 
-
-@pytest.mark.slow
-def test_the_first_ranks_end_ends_all_too(tmp_path: Path) -> None:
-    """With it goes the store over which the ranks hear of each other."""
-    processes = start_ranks("kill", tmp_path, failing=0)
+    There is no launcher here that would end any of them.
+    """
+    processes = start_ranks(how, tmp_path, failing=failing)
     try:
         said = [process.communicate(timeout=60)[1] for process in processes]
     finally:
@@ -148,13 +136,16 @@ def test_the_first_ranks_end_ends_all_too(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert all(process.returncode for process in processes)
-    assert "rank 0 on 127.0.0.1 failed" in said[1]
+    assert f"rank {failing} on {socket.gethostname()} {told}" in said[0 if failing else 1]
+    if how == "stop":
+        assert processes[failing].returncode == -signal.SIGKILL
+        assert f"rank {failing} on {socket.gethostname()} gave no sign of life" in said[failing]
 
 
 @pytest.mark.slow
 def test_a_collective_that_waits_longer_than_the_time_out_ends_the_run(tmp_path: Path) -> None:
     """The last rank lives and beats but never comes."""
-    processes = start_ranks("stall", tmp_path, size=2)
+    processes = start_ranks("stall", tmp_path, size=2, failing=1)
     try:
         _, said = processes[0].communicate(timeout=60)
     finally:
@@ -163,3 +154,31 @@ def test_a_collective_that_waits_longer_than_the_time_out_ends_the_run(tmp_path:
             process.wait()
     assert processes[0].returncode != 0
     assert "imed out" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_waited_for_a_bounded_time_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the ranks that are there, whichever is missing."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for rank, missing in ((0, "1, 2"), (1, "0")):
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(
+            RuntimeError, match=rf"rank\(s\) {missing} did not come; rank {rank} on {socket.gethostname()}"
+        ):
+            join(rank, 3, wait_sec=2)
+
+
+def test_the_ranks_store_listens_on_the_clusters_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    store = join(0, 1, wait_sec=20)
+    port = int(os.environ["MASTER_PORT"])
+    listening = [
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
+    del store

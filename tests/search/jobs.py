@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
-from finemask_ds.engine.checkpoint import Shards, newest_step
+from finemask_ds.engine.checkpoint import Shards
+from finemask_ds.engine.damage import newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.models.masked import Masked

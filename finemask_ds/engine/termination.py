@@ -1,0 +1,94 @@
+"""SIGTERM, which schedulers send some time before they kill: a rank that trains saves, any other ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+EXIT_CODE = 128 + signal.SIGTERM
+REPEAT_SEC = 5.0
+"""Signals closer together than this are one: the scheduler may send it to a rank, and the launcher once more."""
+
+
+class Terminated(BaseException):
+    """All ranks have saved and end, because some of them were asked to; the message is for the user."""
+
+
+class Termination:
+    """Whether this process was asked to end, and what becomes of it then.
+
+    A thread listens, because the main thread may wait in a collective, where Python calls no handler.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        """Whether SIGTERM came while the rank trained: the loop tells the other ranks, and all save."""
+        self.before_end: Callable[[], None] = lambda: None
+        """Called before this process ends at once."""
+        self._trains = False
+
+    @classmethod
+    def current(cls) -> Termination:
+        """The one that handles this process's SIGTERM; where none does, one that is never asked."""
+        handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        return handler if isinstance(handler, cls) else cls()
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle SIGTERM while the block runs; in the main thread only."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        listener = threading.Thread(target=self._listen, args=(read,), name="finemask-sigterm", daemon=True)
+        listener.start()
+        told_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        handled_before = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handled_before)
+            signal.set_wakeup_fd(told_before)
+            os.close(write)
+            listener.join()
+            os.close(read)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Where SIGTERM is only remembered, as the loop looks at ``asked`` in each step."""
+        self._trains = True
+        try:
+            yield
+        finally:
+            self._trains = False
+        if self.asked:
+            self._end("after the last step")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Python calls this in the main thread, whenever that comes to it; the listener has heard already."""
+
+    def _listen(self, read: int) -> None:
+        first = 0.0
+        while signals := os.read(read, 64):
+            if signal.SIGTERM not in signals:
+                continue
+            if not self._trains:
+                self._end("outside of training")
+            if self.asked and time.monotonic() - first > REPEAT_SEC:
+                self._end("at the second one, before the step was done")
+            if not self.asked:
+                self.asked, first = True, time.monotonic()
+
+    def _end(self, when: str) -> NoReturn:
+        """Leave at once; one rank of each host says so."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            ended = f"ended on {socket.gethostname()} {when}; what is done and the last checkpoint stay"
+            print(f"finemask: SIGTERM: {ended}, and the same command goes on", file=sys.stderr, flush=True)
+        self.before_end()
+        os._exit(EXIT_CODE)
