@@ -126,7 +126,8 @@ class RayExecutor(Executor):
         for job, _ in self._tasks.values():
             end_attempts(plan.folders, job)
         self._tasks.clear()
-        self._ray.shutdown()
+        if self._nodes.answers:  # else Ray would wait for minutes, and what it holds goes with this process
+            self._ray.shutdown()
         return ""
 
     def advice(self, plan: Plan) -> str:

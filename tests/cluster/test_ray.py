@@ -134,6 +134,36 @@ def test_interrupted_or_killed_dispatchers_leave_no_worker_and_the_same_command_
     assert {tuple(starts(plan, name)) for name in names} == {("1", "2", "3")}
 
 
+def test_a_sweep_of_a_real_model_ends_in_a_page_and_torch_is_in_no_process_of_ray(
+    ray_cluster: RayCluster, toy_bert: Path, toy_tasks: Path, toy_mask: Path, tmp_path: Path
+) -> None:
+    options = [
+        *(
+            "--model",
+            str(toy_bert),
+            "--data",
+            str(toy_tasks),
+            "--masks",
+            str(toy_mask),
+            "--tasks",
+            "cola",
+            "--seeds",
+            "1",
+        ),
+        *("--steps", "4", "--batch_size", "8", "--seq_len", "32", "--lr", "1e-3", "--run", str(tmp_path / "s")),
+        *("--executor", "ray", "--slots", "2"),
+    ]  # fmt: skip
+    hosts, told = ray_cluster.hosts, {**ray_cluster.environment, "RAY_ADDRESS": ray_cluster.address}
+    done = hosts.run("node1", [sys.executable, "launcher/dispatch.py", *options], 240, told)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 cells are done, 0 failed" in done.stdout
+    assert "<table" in (tmp_path / "s/report/index.html").read_text()
+    every = [Path("/proc", str(pid)) for name in hosts.names for pid in hosts.pids(name)]
+    ours = [path for path in every if (path / "cmdline").read_bytes().startswith(b"ray::")]
+    assert ours
+    assert not [path for path in ours if "libtorch" in (path / "maps").read_text()]
+
+
 def test_a_node_that_does_not_see_the_plan_is_named(ray_cluster: RayCluster, tmp_path: Path) -> None:
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(4)])
     ray_cluster.hosts.run("node2", ["mount", "-t", "tmpfs", "none", str(tmp_path)])
