@@ -96,7 +96,21 @@ def _slurm(config: SweepConfig) -> Executor:
     )  # fmt: skip
 
 
-EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {"local": _local, "slurm": _slurm}
+def _ray(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.ray import RayExecutor
+
+    return RayExecutor(config.ray_address, config.slots, config.job_options)
+
+
+def _elsewhere(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.elsewhere import ElsewhereExecutor
+
+    return ElsewhereExecutor()
+
+
+EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {
+    "local": _local, "slurm": _slurm, "ray": _ray, "elsewhere": _elsewhere,
+}  # fmt: skip
 """--executor -> what makes it; imports what it needs only then."""
 
 

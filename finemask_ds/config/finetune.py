@@ -96,7 +96,8 @@ class SweepConfig(DispatchKnobs, CellKnobs):
     full: str = knob("yes", "fine-tune the full model too", choices=("yes", "no"))
     run: str = knob("runs/sweep", "folder of the plan; the same folder goes on with what is missing")
     executor: str = knob("local", "where the cells run: 'local' on this machine's GPUs or cores, as job arrays of "
-                         "'slurm', on an existing cluster of 'ray'", choices=EXECUTORS)  # fmt: skip
+                         "'slurm', on an existing cluster of 'ray'; 'elsewhere' only writes the plan, for finemask "
+                         "worker RUN", choices=EXECUTORS)  # fmt: skip
     wait: str = knob("yes", "slurm: 'no' leaves the cells in the queue, and a last small job submits what is then "
                      "missing or writes the page; 'tidy' is what that job types",
                      choices=("yes", "no", "tidy"))  # fmt: skip

@@ -77,7 +77,7 @@ class Config(ABC):
         return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
-EXECUTORS = ("local", "slurm", "ray")
+EXECUTORS = ("local", "slurm", "ray", "elsewhere")
 """Where the cells of a plan can run."""
 
 
