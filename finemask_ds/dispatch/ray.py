@@ -21,6 +21,7 @@ from finemask_ds.dispatch.ray_connect import Nodes, connect
 from finemask_ds.dispatch.ray_task import run_worker
 from finemask_ds.dispatch.worker import GRACE_SEC
 from finemask_ds.errors import UserError
+from finemask_ds.run import disk_full_is_user_error
 
 LOST_SEC = 120.0
 """So long a cluster may have no room for a single worker."""
@@ -89,7 +90,7 @@ class RayExecutor(Executor):
         """See the base class."""
         if not self._nodes.answers:
             return 0
-        fresh = sum(log.stat().st_size == 0 for _, log in self._tasks.values())  # each will take a cell that waits
+        fresh = sum(map(_is_empty, (log for _, log in self._tasks.values())))  # each will take a cell that waits
         free = max(0, min(self.slots - len(self._tasks), len(waiting) - fresh))
         for _ in range(free):
             self._started += 1
@@ -104,9 +105,7 @@ class RayExecutor(Executor):
         Raises:
             UserError: where a node does not see the plan, or the head or all nodes have been gone for long.
         """
-        self._nodes.look()
-        if self._nodes.silent_sec > self._gone_sec:
-            raise UserError(f"{self._cluster} is gone: start it again, then type the same command")
+        self._look()
         self._had_room = time.monotonic() if self.slots else self._had_room
         if time.monotonic() - self._had_room > LOST_SEC:
             raise UserError(
@@ -141,6 +140,7 @@ class RayExecutor(Executor):
         task = self._submit(plan, f"{self._name}-measure", log, "--measure")
         deadline = time.monotonic() + MEASURE_SEC
         while not self._ended([task], wait_sec=0.1):
+            self._look()
             if is_over() or time.monotonic() > deadline:
                 return self._cancel([task])
         try:
@@ -150,9 +150,15 @@ class RayExecutor(Executor):
                 f"no worker can begin in {self._cluster} ({self._reason(error)}): install finemask_ds on its nodes"
             ) from error
 
+    def _look(self) -> None:
+        self._nodes.look()
+        if self._nodes.silent_sec > self._gone_sec:
+            raise UserError(f"{self._cluster} is gone: start it again, then type the same command")
+
     def _submit(self, plan: Plan, job: str, log: Path, *options: str) -> Any:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()
+        with disk_full_is_user_error(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
         rest = {name: need for name, need in self._needs.items() if name not in ("CPU", "GPU", "memory")}
         task = self._run.options(
             num_cpus=self._needs.get("CPU", 0), num_gpus=self._needs.get("GPU", 0), memory=self._needs.get("memory"),
@@ -231,6 +237,13 @@ class RayExecutor(Executor):
             min(round(node.get(name, 0) * 10_000) // need for name, need in each.items())
             for node in self._nodes.resources
         )
+
+
+def _is_empty(log: Path) -> bool:
+    try:
+        return log.stat().st_size == 0
+    except OSError:  # somebody tidied up, or a network file system stutters
+        return False
 
 
 def _numbers(job_options: Sequence[str]) -> dict[str, float]:
