@@ -92,8 +92,7 @@ def _slurm(config: SweepConfig) -> Executor:
     return SlurmExecutor(
         config.slots, config.job_options, config.job_setup,
         again=(sys.executable, *sys.orig_argv[1:], "--wait", "tidy") if leaves else (),
-        # Waiting here for cells that wait for this job to end would be for ever.
-        after=os.environ.get("SLURM_JOB_ID", "") if leaves else "",
+        after="" if config.wait == "tidy" else config.after,  # of which Slurm may know nothing any more
     )  # fmt: skip
 
 
@@ -143,8 +142,8 @@ def sweep_options(config: SearchConfig, run: str) -> list[str]:
     for name, value in {"data": config.task_data, "tasks": config.tasks, **asked(config)}.items():
         if value:
             options += [f"--{name}", *([str(value)] if isinstance(value, str | int) else map(str, value))]
-    if config.dispatch == "slurm" and os.environ.get("SLURM_JOB_ID"):
-        options += ["--wait", "no"]  # waiting would hold the devices of the search
+    if config.dispatch == "slurm" and (job := os.environ.get("SLURM_JOB_ID")):
+        options += ["--wait", "no", "--after", job]  # waiting would hold the devices of the search
     return options
 
 

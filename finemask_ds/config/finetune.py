@@ -101,6 +101,7 @@ class SweepConfig(DispatchKnobs, CellKnobs):
     wait: str = knob("yes", "slurm: 'no' leaves the cells in the queue, and a last small job submits what is then "
                      "missing or writes the page; 'tidy' is what that job types",
                      choices=("yes", "no", "tidy"))  # fmt: skip
+    after: str = knob("", "slurm: number of a job that must have ended before any cell begins")
     retries: int = knob(2, "a failed cell is tried again so often", unit="times")
 
     @property

@@ -80,6 +80,8 @@ class SlurmExecutor(Executor):
         self._asked = checked_options(job_options)
         self._setup = _read(job_setup)
         self._command = tuple(command or (sys.executable, "-m", "finemask_ds", "worker"))
+        if after and not after.isdecimal():
+            raise UserError(f"--after {after} is no number of a job; squeue --me shows them")
         self._after = [f"--dependency=afterany:{after}"] if after else []
         self._again, self._tidy, self._look_sec = tuple(again), "", look_sec
         self._untidied: list[str] = []  # arrays without a job after them

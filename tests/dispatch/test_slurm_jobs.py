@@ -186,8 +186,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).chmod(0o755)
     with pytest.raises(UserError, match=r"^cannot read --job_setup .*nowhere .*: type a file of shell lines$"):
         executor_of(SweepConfig(executor="slurm", masks=("m",), job_setup=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"^--after 12; rm is no number of a job; squeue --me shows them$"):
+        executor_of(SweepConfig(executor="slurm", masks=("m",), after="12; rm"))
     assert executor_of(config).waits
-    assert not executor_of(SweepConfig(executor="slurm", masks=("m",), wait="no")).waits
 
 
 def test_a_search_inside_a_job_does_not_wait_for_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,4 +198,5 @@ def test_a_search_inside_a_job_does_not_wait_for_its_cells(monkeypatch: pytest.M
     assert (outside.executor, outside.wait, outside.slots) == ("slurm", "yes", 3)
     assert (outside.job_options, outside.job_setup) == (config.job_options, "a b.sh")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert parse(SweepConfig, sweep_options(config, "run")).wait == "no"
+    inside = parse(SweepConfig, sweep_options(config, "run"))
+    assert (inside.wait, inside.after) == ("no", "12")
