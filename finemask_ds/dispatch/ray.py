@@ -73,7 +73,7 @@ class RayExecutor(Executor):
                     "wait for nodes that it adds by itself"
                 )
         except UserError:
-            self._ray.shutdown()
+            self._leave()
             raise
 
     @property
@@ -88,10 +88,10 @@ class RayExecutor(Executor):
 
     def start(self, plan: Plan, waiting: Sequence[str]) -> int:
         """See the base class."""
-        if not self._nodes.answers:
-            return 0
         fresh = sum(map(_is_empty, (log for _, log in self._tasks.values())))  # each will take a cell that waits
         free = max(0, min(self.slots - len(self._tasks), len(waiting) - fresh))
+        if not free or not self._nodes.answers():
+            return 0
         for _ in range(free):
             self._started += 1
             job = f"{self._name}-{self._started}"
@@ -105,7 +105,7 @@ class RayExecutor(Executor):
         Raises:
             UserError: where a node does not see the plan, or the head or all nodes have been gone for long.
         """
-        self._look()
+        self._check_head()
         self._had_room = time.monotonic() if self.slots else self._had_room
         if time.monotonic() - self._had_room > LOST_SEC:
             raise UserError(
@@ -125,8 +125,7 @@ class RayExecutor(Executor):
         for job, _ in self._tasks.values():
             end_attempts(plan.folders, job)
         self._tasks.clear()
-        if self._nodes.answers:  # else Ray would wait for minutes, and what it holds goes with this process
-            self._ray.shutdown()
+        self._leave()
         return ""
 
     def advice(self, plan: Plan) -> str:
@@ -140,7 +139,7 @@ class RayExecutor(Executor):
         task = self._submit(plan, f"{self._name}-measure", log, "--measure")
         deadline = time.monotonic() + MEASURE_SEC
         while not self._ended([task], wait_sec=0.1):
-            self._look()
+            self._check_head()
             if is_over() or time.monotonic() > deadline:
                 return self._cancel([task])
         try:
@@ -150,10 +149,14 @@ class RayExecutor(Executor):
                 f"no worker can begin in {self._cluster} ({self._reason(error)}): install finemask_ds on its nodes"
             ) from error
 
-    def _look(self) -> None:
-        self._nodes.look()
-        if self._nodes.silent_sec > self._gone_sec:
+    def _check_head(self) -> None:
+        if self._nodes.silent_sec > self._gone_sec and not self._nodes.answers():  # else only this process stood still
             raise UserError(f"{self._cluster} is gone: start it again, then type the same command")
+
+    def _leave(self) -> None:
+        self._nodes.close()
+        if self._nodes.answers():  # else Ray would wait for minutes, and what it holds goes with this process
+            self._ray.shutdown()
 
     def _submit(self, plan: Plan, job: str, log: Path, *options: str) -> Any:
         with disk_full_is_user_error(log):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from finemask_ds.errors import UserError
 
 PROBE_SEC = 30.0
 """A cluster that has not answered by then is not there; Ray itself waits for minutes."""
-LOOK_SEC = 2.0
+LOOK_SEC = 1.0
 """Between two looks at the nodes."""
 _PROBE = """import ray, sys
 try:
@@ -78,18 +79,16 @@ def _silence(address: str) -> str:
 
 
 class Nodes:
-    """The nodes of a cluster.
-
-    Whoever asks Ray for them when the head is gone waits, with all threads, until Ray ends the process. Therefore the
-    head is tried first, and asked seldom.
-    """
+    """The nodes of a cluster; a thread asks for them, as whoever asks a lost head waits until Ray ends the process."""
 
     def __init__(self, ray: Any) -> None:
-        """Ask for the first time."""
+        """Ask for the first time, and from then on."""
         self._ray, self._head = ray, ray.get_runtime_context().gcs_address
         self._resources: list[Mapping[str, float]] = []
-        self._tried = self._answered = -math.inf
-        self.look()
+        self._answered, self._over = time.monotonic(), threading.Event()
+        self._look()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
     @property
     def resources(self) -> list[Mapping[str, float]]:
@@ -101,16 +100,20 @@ class Nodes:
         """How long ago that was."""
         return time.monotonic() - self._answered
 
-    @property
     def answers(self) -> bool:
-        """Whether the head did at the last look."""
-        return self._answered >= self._tried
+        """Whether the head is there at this moment."""
+        return not _silence(self._head)
 
-    def look(self) -> None:
-        """Ask again, if the last time is long enough ago."""
-        if time.monotonic() - self._tried < LOOK_SEC:
-            return
-        self._tried = time.monotonic()
-        if not _silence(self._head):
-            self._resources = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            self._answered = time.monotonic()
+    def close(self) -> None:
+        """Ask no more."""
+        self._over.set()
+        self._thread.join(timeout=LOOK_SEC)
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_SEC):
+            with contextlib.suppress(Exception):  # Ray's, of a head that comes and goes: it is silent then
+                self._look()
+
+    def _look(self) -> None:
+        self._resources = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        self._answered = time.monotonic()

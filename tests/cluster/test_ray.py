@@ -195,17 +195,6 @@ def test_needs_that_no_node_can_meet_are_one_sentence(
     assert said.count("\n") == 1
 
 
-def test_a_head_that_is_gone_ends_the_dispatcher_with_a_sentence(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    """Before Ray itself would end it without one."""
-    plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(4)])
-    process = start(ray_cluster, plan, tmp_path / "log", "node2")
-    wait_until(lambda: all(starts(plan, one.id) for one in plan.cells), 60, "all run")
-    ray_cluster.hosts.power_off("node1")
-    assert process.wait(60) == 1
-    assert (tmp_path / "log").read_text().endswith(": start it again, then type the same command\n")
-    wait_for_no_worker(plan)
-
-
 def test_without_ray_one_sentence_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'^--executor ray needs Ray: type pip install "finemask_ds\[ray\]"$'):
@@ -243,3 +232,14 @@ def test_a_cluster_that_is_not_there_is_one_sentence(ray_cluster: RayCluster, tm
         assert line.startswith(f"finemask: no Ray cluster {f'at {address}' if address else 'of this machine'} can be")
         assert reason in line
         assert line.endswith("--ray_address HOST:PORT of a cluster that runs")
+
+
+def test_a_head_that_is_gone_ends_the_dispatcher_with_a_sentence(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Before Ray itself would end it without one."""
+    plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(4)])
+    process = start(ray_cluster, plan, tmp_path / "log", "node2")
+    wait_until(lambda: all(starts(plan, one.id) for one in plan.cells), 60, "all run")
+    ray_cluster.hosts.power_off("node1")
+    assert process.wait(60) == 1
+    assert (tmp_path / "log").read_text().endswith(": start it again, then type the same command\n")
+    wait_for_no_worker(plan)
