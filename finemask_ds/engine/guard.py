@@ -224,7 +224,8 @@ class Watchdog:
             return
         failed, sentence = told.split("\n", 1)
         if self.rank == (1 if failed == "0" else 0):
-            print(f"finemask: {sentence}; all ranks end", file=sys.stderr, flush=True)
+            # The main thread may have turned sys.stderr elsewhere, as while a library is kept quiet.
+            print(f"finemask: {sentence}; all ranks end", file=sys.__stderr__, flush=True)
         self.dismiss()
         os._exit(1)
 

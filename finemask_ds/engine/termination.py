@@ -89,6 +89,7 @@ class Termination:
         """Leave at once; one rank of each host says so."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             ended = f"ended on {socket.gethostname()} {when}; what is done and the last checkpoint stay"
-            print(f"finemask: SIGTERM: {ended}, and the same command goes on", file=sys.stderr, flush=True)
+            # The main thread may have turned sys.stderr elsewhere, as while a library is kept quiet.
+            print(f"finemask: SIGTERM: {ended}, and the same command goes on", file=sys.__stderr__, flush=True)
         self.before_end()
         os._exit(EXIT_CODE)

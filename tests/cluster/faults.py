@@ -18,7 +18,8 @@ from typing import Any
 from finemask_ds.engine.damage import complete_steps
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
-from tests.cluster.hosts import Hosts
+from tests.cluster.hosts import FORWARDED, Hosts
+from tests.conftest import REPOSITORY
 from tests.pool import free_port
 
 LIMIT_SEC = 60.0
@@ -76,28 +77,32 @@ class Scene:
     def find_undisturbed(self) -> None:
         """Run the search once without a fault."""
         run = self.folder / "undisturbed"
-        started = self.start(run, self.deepspeed(run), self.folder / "undisturbed.log")
+        started = self.start(run, self.pdsh(run), self.folder / "undisturbed.log")
         started.wait_for_ranks()
         began = time.monotonic()
         assert started.process.wait(300) == 0, started.told()
         self.training_sec, self.undisturbed = time.monotonic() - began, load_mask(run / "mask.safetensors")
 
-    def go_on(self, run: Path, log: Path) -> bool:
-        """Start a search again, and whether it came to its end: one rank on each host, as srun starts them.
+    def pdsh(self, run: Path, *more: str) -> list[str]:
+        """The ranks alone, one on each host, as srun starts them.
 
-        Without the launcher, whose own processes on head and hosts take as long to start as the ranks.
+        Without DeepSpeed's launcher, whose own processes on head and hosts take as long to start as the ranks.
         """
         place = {"MASTER_ADDR": self.hosts.address(0), "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-        ranks = [
-            self.hosts.start(name, [sys.executable, *self.search(run)], log, {**place, "RANK": str(rank)})
-            for rank, name in enumerate(self.hosts.names)
-        ]
+        told = self.hosts.full_environment({**place, "LOCAL_RANK": "0", "FINEMASK_TRIAL": str(run)})
+        names = (*FORWARDED, *place, "LOCAL_RANK", "FINEMASK_TRIAL", "PYTHONPATH")
+        forwarded = [f"{name}={told[name]}" for name in names if name in told]
+        rank = ["env", *forwarded, "RANK=%n", sys.executable, "-u", *self.search(run, *more)]
+        return ["pdsh", "-S", "-w", ",".join(self.hosts.names), f"cd {REPOSITORY} && exec {' '.join(rank)}"]
+
+    def go_on(self, run: Path, log: Path) -> bool:
+        """Start a search again; whether it came to its end."""
+        again = self.start(run, self.pdsh(run), log)
         with suppress(subprocess.TimeoutExpired):
-            for process in ranks:
-                process.wait(300)
-        codes = [process.poll() for process in ranks]
-        Started(self, run, ranks[0], log, 0).kill()
-        return codes == [0, 0]
+            again.process.wait(300)
+        code = again.process.poll()
+        again.kill()
+        return code == 0
 
 
 @dataclass
@@ -141,7 +146,10 @@ class Started:
         """Rank -> its process."""
         found = {}
         for pid in self.pids():
-            if match := re.search(rb"launcher/\w+\.py\0--local_rank=.*\0RANK=(\d+)\0", words_of(pid), re.S):
+            words = words_of(pid)
+            # The launcher itself has the script among its options, but no rank; a sidecar has no script.
+            match = re.search(rb"\0launcher/\w+\.py\0.*\0RANK=(\d+)\0", words, re.S)
+            if match and words.startswith(sys.executable.encode()):
                 found[int(match[1])] = pid
         return found
 
@@ -232,6 +240,7 @@ def cut_and_heal_cable(started: Started, draw: random.Random) -> Injected:
 def terminate(started: Started, draw: random.Random) -> Injected:
     """As srun does to all ranks, or a preempted host to its own."""
     ranks = started.ranks()
+    assert ranks, "it has ended"
     chosen = draw.choice([*([rank] for rank in ranks), list(ranks)])
     for rank in chosen:
         os.kill(ranks[rank], signal.SIGTERM)
@@ -345,7 +354,9 @@ class Outcome:
         return self.gone_sec is not None and self.named and self.bystanders and self.equal and not self.orphans
 
 
-def try_fault(scene: Scene, kind: str, seed: int, log: Path) -> Outcome | None:
+def try_fault(
+    scene: Scene, kind: str, seed: int, log: Path, *, at_step: int = 0, with_launcher: bool = True
+) -> Outcome | None:
     """One trial; None where the run was done before the fault.
 
     Args:
@@ -353,18 +364,24 @@ def try_fault(scene: Scene, kind: str, seed: int, log: Path) -> Outcome | None:
         kind: a key of ``FAULTS``.
         seed: of moment, victim and manner.
         log: takes what all launches say.
+        at_step: the fault comes when this step is saved; 0: at a random moment after the ranks' first word.
+        with_launcher: whether DeepSpeed's launcher starts the run in which the fault happens.
     """
     draw = random.Random(f"{kind} {seed}")
     base = scene.disk if kind == "disk full" and scene.disk else scene.folder
     run = base / f"{kind.replace(' ', '-')}-{seed}"
     environment = with_own_clock(run, scene.folder) if kind == "clock jump" else {}
     with bystanders(scene.hosts, scene.folder) as others:
-        started = scene.start(run, scene.deepspeed(run), log, **environment)
+        command = scene.deepspeed(run) if with_launcher else scene.pdsh(run)
+        started = scene.start(run, command, log, **environment)
         started.wait_for_ranks()
-        moment = draw.uniform(0, scene.training_sec)
+        moment = draw.uniform(0, 0 if at_step else scene.training_sec)
         time.sleep(moment)
+        if at_step:
+            started.wait_for_step(at_step)
         steps = started.steps()
         try:
+            assert started.process.poll() is None, "it has ended"
             injected = FAULTS[kind](started, draw)
         except (AssertionError, IndexError, ProcessLookupError):
             started.kill()  # Too late: it has ended meanwhile.

@@ -19,13 +19,14 @@ from tests.conftest import REPOSITORY
 from tests.pool import free_port
 
 LAUNCHED = """
-import sys, time
+import contextlib, io, time
 from finemask_ds.config import TamtConfig
 from finemask_ds.session import launch, leave
 
 def action(config):
     print("prepares", flush=True)
-    time.sleep(60)
+    with contextlib.redirect_stderr(io.StringIO()):  # As while a model is loaded.
+        time.sleep(60)
 
 leave(launch(TamtConfig, action, []))
 """
