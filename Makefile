@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast cluster-packages lint clean
 
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" finemask recipe quickstart
@@ -14,6 +14,10 @@ test: $(READY) lint
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest tests -m "not slow"
+
+# sshd, pdsh, Slurm, ...: what the tests on hosts of their own need beside root.
+cluster-packages:
+	tests/cluster/packages.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,21 @@ def measure(world: World, config: SearchConfig, stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def predicted(stage: int, dtype: str, measured: dict[str, Any]) -> dict[str, float]:
-    """Bytes that a rank must hold between two steps, by name."""
-    masked, trained, frozen = measured["masked"], measured["trained"], measured["frozen"]
-    whole = 1 if stage < 3 else 1 / RANKS
-    sharded = 1 / RANKS if stage else 1
+def predicted(
+    stage: int, dtype: str, sizes: Mapping[str, int], ranks: int = RANKS, largest: int = LARGEST
+) -> dict[str, float]:
+    """Bytes that a rank must hold between two steps, by name.
+
+    Args:
+        stage: of ZeRO.
+        dtype: what products are computed in, of ``DTYPES``.
+        sizes: elements that are ``masked``, ``trained`` and ``frozen``.
+        ranks: how many.
+        largest: elements of the largest trained matrix.
+    """
+    masked, trained, frozen = sizes["masked"], sizes["trained"], sizes["frozen"]
+    whole = 1 if stage < 3 else 1 / ranks
+    sharded = 1 / ranks if stage else 1
     return {
         "frozen weights": (4 if dtype == "fp32" else 2) * frozen * whole,
         "scores (IMP: weights)": 4 * trained * whole,
@@ -105,7 +116,7 @@ def predicted(stage: int, dtype: str, measured: dict[str, Any]) -> dict[str, flo
         # Freed at the end of a step, except for stage 3's own buffer; W * M lives from forward to backward only.
         "gradients": 4 * trained * sharded if stage == 3 else 0,
         "masked weights W * M": 0,
-        "reduction bucket": 4 * LARGEST if stage else 0,
+        "reduction bucket": 4 * largest if stage else 0,
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from finemask_ds.config import FinetuneConfig, SearchConfig, SweepConfig
 from finemask_ds.config.knobs import DispatchKnobs
 from finemask_ds.data.tasks import BUILTIN_TASKS, PAPER_TASKS
 from finemask_ds.dispatch.executor import Executor, dispatch
-from finemask_ds.dispatch.local import LocalExecutor
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.plan import sweep as sweep_of
 from finemask_ds.dispatch.survey import State
@@ -55,8 +55,11 @@ def sweep(config: SweepConfig) -> str:
     check_cells(
         tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
     )
+    executor = executor_of(config)
     plan = Plan.write(root, cells, retries=config.retries)
-    seen = dispatch(plan, executor_of(config))
+    seen = dispatch(plan, executor, forgive=config.wait != "tidy")
+    if not executor.waits and (left := len(plan.cells) - seen.count(State.DONE) - seen.count(State.FAILED)):
+        return f"{left} of {len(plan.cells)} cells are left; look with: finemask status {shlex.quote(str(root))}"
     searches = [path for path in map(Path, config.masks) if path.is_dir()]
     page, left_out = write_report([root, *searches], None)
     if failed := seen.count(State.FAILED):
@@ -73,7 +76,42 @@ def executor_of(config: SweepConfig) -> Executor:
     Raises:
         UserError: where that cannot be had here.
     """
+    return EXECUTOR[config.executor](config)
+
+
+def _local(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.local import LocalExecutor
+
     return LocalExecutor(config.slots)
+
+
+def _slurm(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.slurm import SlurmExecutor
+
+    leaves = config.wait != "yes"
+    return SlurmExecutor(
+        config.slots, config.job_options, config.job_setup,
+        again=(sys.executable, *sys.orig_argv[1:], "--wait", "tidy") if leaves else (),
+        after="" if config.wait == "tidy" else config.after,  # of which Slurm may know nothing any more
+    )  # fmt: skip
+
+
+def _ray(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.ray import RayExecutor
+
+    return RayExecutor(config.ray_address, config.slots, config.job_options)
+
+
+def _elsewhere(config: SweepConfig) -> Executor:
+    from finemask_ds.dispatch.elsewhere import ElsewhereExecutor
+
+    return ElsewhereExecutor()
+
+
+EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {
+    "local": _local, "slurm": _slurm, "ray": _ray, "elsewhere": _elsewhere,
+}  # fmt: skip
+"""--executor -> what makes it; imports what it needs only then."""
 
 
 def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
@@ -104,6 +142,8 @@ def sweep_options(config: SearchConfig, run: str) -> list[str]:
     for name, value in {"data": config.task_data, "tasks": config.tasks, **asked(config)}.items():
         if value:
             options += [f"--{name}", *([str(value)] if isinstance(value, str | int) else map(str, value))]
+    if config.dispatch == "slurm" and (job := os.environ.get("SLURM_JOB_ID")):
+        options += ["--wait", "no", "--after", job]  # waiting would hold the devices of the search
     return options
 
 

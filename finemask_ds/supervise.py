@@ -20,12 +20,12 @@ from pathlib import Path
 
 from finemask_ds import hostprocess
 from finemask_ds.config import TrainingConfig
-from finemask_ds.dispatch.signals import Interrupted, Interruption
 from finemask_ds.doctor.hostfile import AT_ONCE, SSH_SEC, environment_files, read_hostfile, ssh_command
 from finemask_ds.engine.base import Batching
 from finemask_ds.errors import UserError
 from finemask_ds.pdsh import for_pdsh
 from finemask_ds.run import atomic_write
+from finemask_ds.signals import Interrupted, Interruption
 
 GRACE_SEC = 20.0
 """From SIGTERM until a rank that does not end is killed."""

@@ -14,7 +14,7 @@ from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
 from finemask_ds.recipes.tamt import BANDS, plan_of
 from finemask_ds.run import read_json
-from tests.test_launchers import deepspeed, python, start
+from tests.test_launchers import deepspeed, leaks, python, start
 
 QUICK = ("--steps", "4", "--batch_size", "8", "--seq_len", "32", "--eval_every", "2", "--lr", "1e-3")
 
@@ -91,6 +91,7 @@ def test_a_search_under_deepspeed_dispatches_once_its_ranks_are_gone(
     assert {cell.method for cell in Plan.read(sweep).cells} == {"full", "tamt-kd"}
     assert len(results(sweep)) == 4
     assert (sweep / "report/index.html").exists()
+    assert leaks(tmp_path) == [], "config, provenance, plan, results, TensorBoard, logs of ranks and workers, report"
     left = subprocess.run(["pgrep", "-f", str(sweep)], capture_output=True, text=True, check=False).stdout
     assert left == ""
 

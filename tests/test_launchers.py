@@ -20,7 +20,11 @@ from tests.conftest import REPOSITORY
 from tests.pool import free_port
 from tests.search import jobs
 
+SECRETS = {"HF_TOKEN": "hf_s3cret", "WANDB_API_KEY": "wandb_s3cret", "AWS_SECRET_ACCESS_KEY": "aws_s3cret",
+           "DB_PASSWORD": "db_s3cret"}  # fmt: skip
+"""Every launcher is started with these, and no file of a run may hold one."""
 ENVIRONMENT = {
+    **SECRETS,
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -36,6 +40,13 @@ def python(
         [sys.executable, *command], cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def leaks(folder: Path) -> list[Path]:
+    """The files that hold a secret of the environment."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS.values())]
 
 
 def deepspeed(script: str, *options: str) -> list[str]:

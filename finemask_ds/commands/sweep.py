@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finemask_ds.cli import Commands
     from finemask_ds.dispatch.estimate import MeasureCell
     from finemask_ds.dispatch.worker import RunCell
+    from finemask_ds.signals import Interruption
 
 
 def add_status(commands: Commands) -> None:
@@ -36,6 +37,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cores", type=_cores, default=(), metavar="0,1", help="stay on these cores, a thread on each")
     parser.add_argument("--parent", type=int, default=0, metavar="PID", help="end when this parent process is gone")
     parser.add_argument("--log", default="", metavar="FILE", help="where this process prints to, for the record")
+    parser.add_argument("--job", default="", metavar="NAME", help="what the executor calls this process")
     parser.add_argument("--measure", action="store_true", help="run no cell, measure what the cells will cost")
 
 
@@ -46,8 +48,10 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
         UserError: where there is no plan, or its folder cannot be written.
     """
     from finemask_ds.dispatch.estimate import measure
-    from finemask_ds.dispatch.worker import end_with, work
+    from finemask_ds.dispatch.worker import alone, end_with, work
 
+    for name in os.environ.keys() - alone(os.environ).keys():
+        del os.environ[name]
     if arguments.cores:  # before torch is imported, which counts its threads once
         os.sched_setaffinity(0, arguments.cores)
         os.environ["OMP_NUM_THREADS"] = str(len(arguments.cores))
@@ -56,17 +60,17 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
     if arguments.measure:
         measure(arguments.root, measure_cell)
     else:
-        work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log)
+        work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
 
 
 def _cores(text: str) -> tuple[int, ...]:
     return tuple(int(core) for core in text.split(","))
 
 
-def _run_cell(options: Mapping[str, Any], folder: Path) -> None:
+def _run_cell(options: Mapping[str, Any], folder: Path, interruption: Interruption) -> None:
     from finemask_ds.finetune.cell import run_cell
 
-    run_cell(options, folder)
+    run_cell(options, folder, interruption)
 
 
 def _measure_cell(options: Mapping[str, Any]) -> float:

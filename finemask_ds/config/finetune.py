@@ -43,7 +43,8 @@ class CellKnobs(Config):
     eval_every: int | None = knob(None, "dev scores every so often and at the end (0: only there), the best counts; "
                                   "default by task", unit="steps", source=_TABLE_1)  # fmt: skip
     log_every: int = knob(50, "a line and a TensorBoard point every so often", unit="steps")
-    save_every: int = knob(500, "a checkpoint every so often, to go on from after a kill; 0: none", unit="steps")
+    save_every: int = knob(500, "a checkpoint every so often, to go on from after a kill; 0: only when a worker is "
+                           "asked to end", unit="steps")  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check the numbers; see the base class."""
@@ -95,7 +96,12 @@ class SweepConfig(DispatchKnobs, CellKnobs):
     full: str = knob("yes", "fine-tune the full model too", choices=("yes", "no"))
     run: str = knob("runs/sweep", "folder of the plan; the same folder goes on with what is missing")
     executor: str = knob("local", "where the cells run: 'local' on this machine's GPUs or cores, as job arrays of "
-                         "'slurm', on an existing cluster of 'ray'", choices=EXECUTORS)  # fmt: skip
+                         "'slurm', on an existing cluster of 'ray'; 'elsewhere' only writes the plan, for finemask "
+                         "worker RUN", choices=EXECUTORS)  # fmt: skip
+    wait: str = knob("yes", "slurm: 'no' leaves the cells in the queue, and a last small job submits what is then "
+                     "missing or writes the page; 'tidy' is what that job types",
+                     choices=("yes", "no", "tidy"))  # fmt: skip
+    after: str = knob("", "slurm: number of a job that must have ended before any cell begins")
     retries: int = knob(2, "a failed cell is tried again so often", unit="times")
 
     @property

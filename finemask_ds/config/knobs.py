@@ -14,7 +14,7 @@ VOLATILE = frozenset({
     "run", "deepspeed", "precision", "ranks", "time_out_sec", "silence_sec", "hostfile", "max_restarts", "log_every",
     "watch_every", "keep_every", "eval_every", "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
     "save_model", "predict", "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup",
-    "ray_address",
+    "ray_address", "wait", "after",
 })  # fmt: skip
 """Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
 
@@ -77,7 +77,7 @@ class Config(ABC):
         return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
-EXECUTORS = ("local", "slurm", "ray")
+EXECUTORS = ("local", "slurm", "ray", "elsewhere")
 """Where the cells of a plan can run."""
 
 

@@ -105,7 +105,7 @@ class SearchConfig(DispatchKnobs, TrainingConfig):
     head_steps: int = knob(0, "for a model without an MLM head: train one on the frozen encoder first", unit="steps")
     new_head_lr: float = knob(1e-3, "peak learning rate of --head_steps")
     dispatch: str = knob("no", "fine-tune the mask on tasks when it is found: 'local' on this machine's GPUs or cores, "
-                         "as job arrays of 'slurm', on an existing cluster of 'ray'",
+                         "as job arrays of 'slurm', on an existing cluster of 'ray'; 'elsewhere' only writes the plan",
                          choices=("no", *EXECUTORS))  # fmt: skip
     tasks: tuple[str, ...] = knob((), "tasks of --dispatch; default the paper's seven, or all built-in ones with "
                                   "--model builtin", source="TAMT 4.1.2")  # fmt: skip

@@ -65,6 +65,19 @@ class Attempt:
         """Host, pid, start (seconds since 1970) and log."""
         return _dict(self.folder / "attempt.json")
 
+    @property
+    def job(self) -> str | None:
+        """What its executor calls the process that began it, where it was given a name."""
+        return self.facts().get("job")
+
+    def has_saved(self) -> bool:
+        """Whether it has left a checkpoint of its own, not only one that it took over."""
+        try:
+            began = (self.folder / "attempt.json").stat().st_mtime
+            return any(path.stat().st_mtime > began for path in self.run.checkpoints.rglob("*"))
+        except FileNotFoundError:
+            return False
+
     def failure(self) -> dict[str, Any] | None:
         """Its failed.json, if it failed; a broken one says so."""
         if not self.failed.exists():
@@ -172,7 +185,7 @@ def attempts_of(cell: Path) -> list[Attempt]:
     )
 
 
-def claim(cell: Path, task: str, attempts: Sequence[Attempt], log: str = "") -> Claim | None:
+def claim(cell: Path, task: str, attempts: Sequence[Attempt], log: str = "", job: str = "") -> Claim | None:
     """A new attempt at a cell; None where another process was faster.
 
     The folder of the new attempt appears under its number at once with its lock, by a rename that only one
@@ -183,6 +196,7 @@ def claim(cell: Path, task: str, attempts: Sequence[Attempt], log: str = "") -> 
         task: for the check of a result that may have come meanwhile.
         attempts: as seen when the cell was found free (none of them alive).
         log: the file that this process prints to.
+        job: what its executor calls this process, "" where the process id is enough.
 
     Raises:
         UserError: where the folder cannot be written or the disk is full.
@@ -195,7 +209,7 @@ def claim(cell: Path, task: str, attempts: Sequence[Attempt], log: str = "") -> 
         Lock(claimed / "lock", me).acquire()
         try:
             facts = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.time(), "log": log}
-            write_json(claimed / "attempt.json", facts)
+            write_json(claimed / "attempt.json", facts | ({"job": job} if job else {}))
             os.rename(claimed, attempt.folder)
         except OSError as error:
             if error.errno in _TAKEN:
@@ -209,15 +223,22 @@ def claim(cell: Path, task: str, attempts: Sequence[Attempt], log: str = "") -> 
     return Claim(attempt, Lock(attempt.folder / "lock", me), tuple(attempts))
 
 
-def end_attempts(cells: Sequence[Path], pid: int, error: str = "") -> None:
-    """End what a process of this machine, now gone, has left unfinished: failed with an error, else interrupted."""
-    for cell in cells:
-        for attempt in attempts_of(cell):
-            holder = attempt.holder()
-            if holder is not None and holder.name.startswith(process_name(pid)) and attempt.failure() is None:
-                if error:
-                    attempt.fail(error)
-                attempt.let_go()
+def end_attempts(cells: Sequence[Path], who: int | str, error: str = "") -> None:
+    """End what a worker, now gone, has left unfinished: failed with an error, else interrupted.
+
+    Args:
+        cells: folders of the cells it may have run.
+        who: the process id of one of this machine, or what its executor calls its job.
+        error: why it has failed.
+    """
+    for attempt in [attempt for cell in cells for attempt in attempts_of(cell)]:
+        holder = attempt.holder()
+        if holder is None:
+            continue
+        if attempt.job == who if isinstance(who, str) else holder.name.startswith(process_name(who)):
+            if error:
+                attempt.fail(error)
+            attempt.let_go()
 
 
 def whole_result(path: Path, task: str) -> dict[str, Any] | None:

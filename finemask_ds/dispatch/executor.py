@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from finemask_ds.dispatch.estimate import seconds_left, unmeasured
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
-from finemask_ds.dispatch.signals import Interruption
 from finemask_ds.dispatch.survey import State, Survey, survey
 from finemask_ds.errors import UserError
+from finemask_ds.signals import Interruption
 from finemask_ds.units import duration
 
 STARTS_PER_SLOT = 5
@@ -33,6 +33,16 @@ class Executor(ABC):
     def place(self) -> str:
         """Where they run, for the reader: ``2 cores of this machine``."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether somebody is to wait here until all is done; else what is started goes on by itself."""
+        return True
+
+    @property
+    def patience(self) -> int:
+        """So many workers may be started without a cell being finished or failing."""
+        return STARTS_PER_SLOT * self.slots
+
     @abstractmethod
     def start(self, plan: Plan, waiting: Sequence[str]) -> int:
         """Start workers in free slots, no more than there are waiting cells (ids in order); how many."""
@@ -42,8 +52,15 @@ class Executor(ABC):
         """How many workers live; ends the attempts of those that died."""
 
     @abstractmethod
-    def stop(self, plan: Plan) -> None:
-        """End all workers within seconds, tidily if they can; what they ran counts as interrupted."""
+    def stop(self, plan: Plan) -> str:
+        """Leave the workers, when this process ends.
+
+        Where they depend on it they are ended within seconds, tidily if they can, and what they ran counts as
+        interrupted. Where a queue outlives the one who submitted, they go on.
+
+        Returns:
+            What goes on and how to end it, for the reader; "" where nothing does.
+        """
 
     @abstractmethod
     def advice(self, plan: Plan) -> str:
@@ -59,28 +76,35 @@ class Executor(ABC):
 
 
 def dispatch(
-    plan: Plan, executor: Executor, *, again: str | None = None, measure: bool = True, poll_sec: float = 0.5
+    plan: Plan,
+    executor: Executor,
+    *,
+    again: str | None = None,
+    forgive: bool = True,
+    measure: bool = True,
+    poll_sec: float = 0.5,
 ) -> Survey:
     """Run what is missing or failed until nothing is left; print a line for each cell that ends.
 
-    Failed cells get as many new attempts as a new one. Ctrl-C or SIGTERM ends the workers and the process (exit
-    code 130 or 143); a call with the same plan goes on.
+    Ctrl-C or SIGTERM ends the workers (see `Executor.stop`) and the process (exit code 130 or 143); a call with the
+    same plan goes on.
 
     Args:
         plan: as `Plan.write` made it.
         executor: where to run.
         again: the command that goes on, for the reader; None for this process's own.
+        forgive: give failed cells as many new attempts as a new one.
         measure: estimate the cost before anything runs.
         poll_sec: between two looks at the files.
 
     Returns:
-        How the cells stand in the end: done or failed.
+        How the cells stand in the end: done or failed, unless the executor does not wait.
 
     Raises:
         UserError: where a cell cannot even begin, workers end at once, or the disk is full.
     """
     seen = survey(plan)
-    for _, standing in seen.cells(State.FAILED):
+    for _, standing in seen.cells(*([State.FAILED] if forgive else [])):
         for attempt, _ in standing.failures:
             attempt.excuse()
     seen = survey(plan, seen)
@@ -93,7 +117,9 @@ def dispatch(
                 progress.say(_cost(seen, executor))
                 seen = _until_done(seen, executor, interruption, progress, poll_sec)
         finally:
-            executor.stop(plan)
+            left = executor.stop(plan)
+            if left and _unfinished(seen):
+                progress.say(left)
         seen = survey(plan, seen)
         progress.end(seen)
     if interruption.asked:
@@ -116,14 +142,20 @@ def _until_done(
         if now_ended != ended:
             started, ended = 0, now_ended
         waiting = [cell.id for cell, _ in seen.cells(State.WAITING)]
-        if not waiting and not seen.count(State.RUNNING):
+        if not _unfinished(seen):
             break
         if waiting and alive < executor.slots:
-            if started >= STARTS_PER_SLOT * executor.slots:
+            if started >= executor.patience:
                 raise UserError(f"{started} workers ended before any cell did; {executor.advice(seen.plan)}")
             started += executor.start(seen.plan, waiting)
+        if not executor.waits:
+            break
         time.sleep(poll_sec)
     return seen
+
+
+def _unfinished(seen: Survey) -> int:
+    return seen.count(State.WAITING) + seen.count(State.RUNNING)
 
 
 def _cost(seen: Survey, executor: Executor) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,17 +16,12 @@ from pathlib import Path
 from finemask_ds.dispatch.attempt import end_attempts
 from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.plan import Plan
-from finemask_ds.dispatch.worker import GRACE_SEC
+from finemask_ds.dispatch.process import check_measured, end, has_ended, reap, spawn, told
+from finemask_ds.dispatch.worker import GRACE_SEC, alone
 from finemask_ds.errors import UserError
 
 MEASURE_SEC = 900.0
 """An estimate is not worth more."""
-_LAUNCHERS = re.compile(
-    r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|MASTER_ADDR|MASTER_PORT)$"
-    r"|CROSS_|OMPI_|PMI|MPI_LOCAL|MV2_|ROLE_|GROUP_WORLD_|TORCHELASTIC_|ACCELERATE_|DEEPSPEED_"
-    r"|SLURM_(PROCID|LOCALID|NODEID|STEP|NTASKS|NPROCS|TASK)"
-)
-"""Environment variables from which a worker would believe that it is one of several ranks."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +72,21 @@ class LocalExecutor(Executor):
     def poll(self, plan: Plan) -> int:
         """See the base class."""
         for number, worker in list(self._workers.items()):
-            if _has_ended(worker):
-                code = _reap(worker)
+            if has_ended(worker):
+                code = reap(worker)
                 del self._workers[number]
-                self._last_end = f"the last {_how(code)}, see {self._log(plan, number)}"
-                end_attempts(_folders(plan), worker.pid, f"the worker {_how(code)}")
+                self._last_end = f"the last {told(code)}, see {self._log(plan, number)}"
+                end_attempts(plan.folders, worker.pid, f"the worker {told(code)}")
         return len(self._workers)
 
-    def stop(self, plan: Plan) -> None:
+    def stop(self, plan: Plan) -> str:
         """See the base class."""
         workers = list(self._workers.values())
-        for worker in workers:
-            worker.terminate()
-        deadline = time.monotonic() + self._grace_sec
-        while not all(map(_has_ended, workers)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for worker in workers:
-            _reap(worker)
+        end(workers, self._grace_sec)
         self._workers.clear()
         for worker in workers:
-            end_attempts(_folders(plan), worker.pid)
+            end_attempts(plan.folders, worker.pid)
+        return ""
 
     def advice(self, plan: Plan) -> str:
         """See the base class."""
@@ -110,14 +99,12 @@ class LocalExecutor(Executor):
         worker = self._spawn(plan, 0, log, "--measure")
         deadline = time.monotonic() + MEASURE_SEC
         try:
-            while not _has_ended(worker) and not is_over() and time.monotonic() < deadline:
+            while not has_ended(worker) and not is_over() and time.monotonic() < deadline:
                 time.sleep(0.05)
         finally:
-            code = _reap(worker)
-        if code == 2 and not is_over():  # a sentence about bad input, which all cells of the kind would meet
-            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-            told = [line for line in lines if line.startswith("finemask: ")]
-            raise UserError(told[-1].removeprefix("finemask: ") if told else f"a cell cannot begin, see {log}")
+            code = reap(worker)
+        if not is_over():
+            check_measured(code, log)
 
     def _log(self, plan: Plan, number: int) -> Path:
         return plan.logs / f"slot-{number}.log"
@@ -126,16 +113,7 @@ class LocalExecutor(Executor):
         slot = self._slots[number]
         cores = ",".join(map(str, slot.cores))
         arguments = [str(plan.root), "--cores", cores, "--parent", str(os.getpid()), "--log", str(log), *options]
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            stream = open(log, "ab")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot write {log} ({error.strerror}): name a folder you may write") from error
-        with stream:
-            return subprocess.Popen(
-                [*self._command, *arguments], stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-                env=environment(os.environ, slot), start_new_session=True,
-            )  # fmt: skip
+        return spawn([*self._command, *arguments], log, environment(os.environ, slot))
 
 
 def layout(slots: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
@@ -187,37 +165,8 @@ def visible_gpus(variables: Mapping[str, str]) -> list[str]:
 
 def environment(variables: Mapping[str, str], slot: Slot) -> dict[str, str]:
     """A worker's environment: this one without what a launcher of ranks has put there, and the slot's device."""
-    kept = {name: value for name, value in variables.items() if not _LAUNCHERS.match(name)}
-    kept |= {"OMP_NUM_THREADS": str(len(slot.cores)), "PYTHONUNBUFFERED": "1"}
+    kept = alone(variables) | {"OMP_NUM_THREADS": str(len(slot.cores)), "PYTHONUNBUFFERED": "1"}
     kept.setdefault("TOKENIZERS_PARALLELISM", "false" if len(slot.cores) == 1 else "true")
     if slot.gpu:
         kept["CUDA_VISIBLE_DEVICES"] = slot.gpu
     return kept
-
-
-def _folders(plan: Plan) -> list[Path]:
-    return [plan.folder(cell) for cell in plan.cells]
-
-
-def _has_ended(worker: subprocess.Popen[bytes]) -> bool:
-    """Whether it has, without asking for its exit code: until then its pid, and its group's, belong to nobody else."""
-    return (
-        worker.returncode is not None
-        or os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    )
-
-
-def _reap(worker: subprocess.Popen[bytes]) -> int:
-    """End what is left of a worker and its children; its exit code."""
-    if worker.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.pid, signal.SIGKILL)
-    return worker.wait()
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
-    hint = ": out of memory, or somebody killed it" if -code == signal.SIGKILL else ""
-    return f"was ended by signal {-code} ({name}{hint})"

@@ -167,6 +167,11 @@ class Plan:
         return self.root / "cells" / cell.id
 
     @property
+    def folders(self) -> list[Path]:
+        """The folders of all cells."""
+        return [self.folder(cell) for cell in self.cells]
+
+    @property
     def logs(self) -> Path:
         """The folder of the workers' logs."""
         return self.root / "logs"

@@ -101,7 +101,7 @@ def _summary(seen: Survey) -> str:
     if not running + seen.count(State.WAITING):
         return done
     if not running:
-        return f"{done}; nothing runs: dispatch again to go on"
+        return f"{done}; nothing runs: dispatch again to go on, unless they wait in Slurm's queue"
     if left is None:
         return f"{done}, {running} running"
     return f"{done}, {running} running, about {duration(left)} left"

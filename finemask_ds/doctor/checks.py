@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,17 +97,18 @@ def compare_versions(hosts: Mapping[str, Mapping[str, str]]) -> Iterator[Finding
 def check_devices(cluster: Cluster) -> Iterator[Finding]:
     """An accelerator for each rank, free, of one kind; and what it is fast in."""
     for host, ranks in cluster.hosts.items():
-        if 0 < ranks[0].num_devices < len(ranks):
-            found = f"{host} has {ranks[0].num_devices} device(s) for {len(ranks)} ranks"
-            yield Finding("bad", "devices", found, f"write slots={ranks[0].num_devices} for it in the hostfile")
-        busy = [rank for rank in ranks if rank.num_devices and rank.free_bytes < 0.9 * rank.total_bytes]
+        number = len(devices := {rank.device_id for rank in ranks if rank.device_id})
+        if devices and number < len(ranks):
+            found = f"{host} has {number} device(s) for {len(ranks)} ranks"
+            yield Finding("bad", "devices", found, f"write slots={number} for it in the hostfile")
+        busy = [rank for rank in ranks if rank.device_id and rank.free_bytes < 0.9 * rank.total_bytes]
         if busy:
             shown = f"{_gib(busy[0].free_bytes)} of {_gib(busy[0].total_bytes)} free for rank {busy[0].rank}"
             yield Finding("note", "devices", f"{shown} on {host}", "look for its other users with nvidia-smi")
     kinds = Counter(facts.device for facts in cluster.ranks)
     if len(kinds) > 1:
         yield Finding("note", "devices", " and ".join(kinds), "the slowest rank sets the pace of all")
-    told = ", ".join(f"{number} x {device}" for device, number in kinds.items())
+    told = ", ".join(f"{count} x {device}" for device, count in kinds.items())
     least = min(facts.free_bytes for facts in cluster.ranks)
     fast = set.intersection(*(set(facts.fast) for facts in cluster.ranks))
     arithmetic = f"fast in {' and '.join(sorted(fast))}" if fast else "16-bit files will be computed in fp32"
@@ -141,9 +143,7 @@ def check_disks(cluster: Cluster) -> Iterator[Finding]:
             folder, free = min(found.values(), key=lambda place: place[1])
             fine.append(f"{_gib(free)} in {folder}")
     if fine:
-        yield Finding(
-            "ok", "disk", f"{', '.join(dict.fromkeys(fine))} free{' at least' if len(cluster.hosts) > 1 else ''}"
-        )
+        yield Finding("ok", "disk", f"at least {', '.join(dict.fromkeys(fine))} free")
 
 
 def check_inputs(cluster: Cluster) -> Iterator[Finding]:
@@ -163,8 +163,14 @@ def check_addresses(cluster: Cluster) -> Iterator[Finding]:
     listens = list(dict.fromkeys(address for facts in cluster.ranks for address in facts.listens))
     if open_to_all:
         where = abbreviated(list(dict.fromkeys(facts.host for facts in open_to_all)))
-        todo = "give the launcher the first host's address in the cluster: --master_addr 10.0.0.1"
+        todo = (
+            "start with deepspeed or srun (torchrun's own store knows no better) and give the first host's address in "
+            "the cluster, as in --master_addr 10.0.0.1, not a name that means 127.0.1.1 there"
+        )
         yield Finding("note", "addresses", f"all networks of {where} can reach the ranks' store", todo)
+    elif public := [address for address in listens if ipaddress.ip_address(address.partition("%")[0]).is_global]:
+        todo = "give the launcher a --master_addr of the cluster's own network, or see that a firewall keeps others out"
+        yield Finding("note", "addresses", f"the ranks listen on the public {abbreviated(public)}", todo)
     elif listens:
         yield Finding("ok", "addresses", f"the ranks listen on {abbreviated(listens)} only")
 

@@ -51,15 +51,15 @@ def _start_ranks(config: DoctorConfig, hostfile: Path, report: Report, *, severa
     """Report what the ranks find; the launcher's exit code."""
     options, port = options_of(config), 20_000 + secrets.randbelow(10_000)
     command = [
-        "deepspeed", "--log_level", "error", "--hostfile", str(hostfile), "--master_port", str(port),
+        sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--no_ssh_check",
+        "--hostfile", str(hostfile), "--master_port", str(port),
         str(REPOSITORY / "launcher/doctor.py"), *(for_pdsh(options) if several else options),
     ]  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     # In a group of its own, to be killed as a whole: a signal the launcher would answer with a pkill of all launches
     # of this user on all hosts.
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", env={**os.environ, "PATH": path}, process_group=0,
+        errors="replace", process_group=0,
     )  # fmt: skip
     timer = threading.Timer(config.time_out_sec + LEAVE_SEC, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()

@@ -31,6 +31,7 @@ def examine(config: DoctorConfig) -> Report:
         try:
             with _ranks(config) as world:
                 report.speaks = world.is_first
+                world.barrier()  # From then on all that will ever listen does.
                 cluster = Cluster(config, world, world.gather(look_around(config, world)))
                 for check in CHECKS:
                     report.add(check(cluster))
@@ -53,10 +54,9 @@ def _ranks(config: DoctorConfig) -> Iterator[World]:
 
 def _lost(error: RuntimeError) -> Finding:
     place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-    who = f"rank {launched_rank()} on {socket.gethostname()}"
-    reason = " ".join(str(error).split())[:200]
-    todo = "look at --master_addr, --master_port, GLOO_SOCKET_IFNAME and the hosts' firewalls"
-    return Finding("bad", "connection", f"{who} has lost or never reached the others over {place} ({reason})", todo)
+    reason = " ".join(str(error).split())[:300]
+    todo = f"if others are missing, look at {place}, GLOO_SOCKET_IFNAME and the hosts' firewalls"
+    return Finding("bad", "connection", f"rank {launched_rank()} on {socket.gethostname()} broke off ({reason})", todo)
 
 
 @contextlib.contextmanager

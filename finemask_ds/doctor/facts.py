@@ -34,8 +34,8 @@ class Facts:
     versions: dict[str, str]
     device: str
     """The accelerator's name; ``cpu`` without one."""
-    num_devices: int
-    """Accelerators that this rank may use; 0 without one."""
+    device_id: str
+    """Which accelerator it is, among all; empty without one."""
     free_bytes: int
     """Of the device's memory, on a CPU of the host's."""
     total_bytes: int
@@ -69,7 +69,7 @@ def look_around(config: DoctorConfig, world: World) -> Facts:
         host=socket.gethostname(),
         versions=installed(),
         device="cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
-        num_devices=torch.cuda.device_count(),
+        device_id="" if world.device.type == "cpu" else str(torch.cuda.get_device_properties(world.device).uuid),
         free_bytes=free,
         total_bytes=total,
         fast=tuple(name for name, dtype in BLOCKS.items() if is_fast(dtype, world.device)),
@@ -91,10 +91,15 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 def available_bytes() -> int:
-    """Memory of this host that a program can still have."""
+    """Memory of this host that this process can still have, within what its container or job was given."""
     import psutil
 
-    return psutil.virtual_memory().available
+    left = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):  # As without a limit, which is "max".
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        folder = Path("/sys/fs/cgroup", group)
+        left.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(0, min(left))
 
 
 def _disks(config: DoctorConfig) -> dict[str, tuple[str, int]]:
@@ -150,13 +155,19 @@ def _find_text(name: str) -> None:
 
 
 def listening() -> tuple[str, ...]:
-    """Addresses on which this process waits for connections; ``::`` and ``0.0.0.0`` are all of the machine's."""
+    """Addresses on which this rank waits for connections; ``::`` and ``0.0.0.0`` are all of the machine's.
+
+    With torchrun, which keeps the ranks' store itself, those of its process too.
+    """
     import psutil
 
-    with contextlib.suppress(psutil.Error, OSError):
-        connections = psutil.Process().net_connections(kind="tcp")
-        return tuple(sorted({c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}))
-    return ()
+    me = psutil.Process()
+    found: set[str] = set()
+    for process in (me, me.parent()) if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else (me,):
+        with contextlib.suppress(psutil.Error, OSError, AttributeError):
+            connections = process.net_connections(kind="tcp")
+            found |= {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    return tuple(sorted(found))
 
 
 def link_bits(interface: str) -> int:

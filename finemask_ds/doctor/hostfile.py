@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ SSH_SEC = 10.0
 AT_ONCE = 64
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 """As DeepSpeed reads it: what follows is ignored."""
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_KEY$", re.I)
+"""Names of variables of which the launcher makes words of a command, which `ps` shows and its log too."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -61,6 +64,9 @@ def check_launcher(hosts: Mapping[str, int], hostfile: Path, ranks: int) -> Iter
     else:
         yield Finding("ok", "hostfile", found)
     if len(hosts) == 1:
+        if not _is_here(host := next(iter(hosts))):
+            found = f"the launcher takes a single host for this one and starts {host}'s ranks here"
+            yield Finding("bad", "launcher", found, "type it on that host, or add --force_multi to deepspeed's options")
         return
     if shutil.which("pdsh") is None:
         todo = "apt-get install pdsh, or give deepspeed another --launcher"
@@ -71,6 +77,18 @@ def check_launcher(hosts: Mapping[str, int], hostfile: Path, ranks: int) -> Iter
     yield from check_forwarded(environment_files())
 
 
+def _is_here(host: str) -> bool:
+    """Whether a host's name or address means this machine."""
+    import psutil
+
+    own = {address.address.partition("%")[0] for listed in psutil.net_if_addrs().values() for address in listed}
+    try:
+        found = {str(place[0]) for *_, place in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return host == socket.gethostname() or not own.isdisjoint(found)
+
+
 def environment_files() -> list[Path]:
     """The files of variables that the DeepSpeed launcher forwards to the hosts, in its order."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
@@ -78,13 +96,18 @@ def environment_files() -> list[Path]:
 
 
 def check_forwarded(files: list[Path]) -> Iterator[Finding]:
-    """Every line must be NAME=VALUE: for the launcher a blank one is a ValueError, and a value runs in a shell."""
+    """Every line must be NAME=VALUE, as a blank one is a ValueError there; values run in a shell, for all to see."""
     for path in dict.fromkeys(path.resolve() for path in files):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             name, equals, value = line.partition("=")
             if not equals or not re.fullmatch(r"\s*[A-Za-z_]\w*", name):
                 found = f"line {number} of {path} is {line[:80]!r}, on which the launcher breaks off"
                 yield Finding("bad", "environment", found, "write NAME=VALUE lines only, none of them blank")
+            elif _SECRET.search(name):
+                found = f"{name.strip()} in line {number} of {path} is shown to all users of the hosts, and printed"
+                yield Finding(
+                    "note", "environment", found, "leave it out: keep secrets in files, as hf auth login does"
+                )
             elif re.search(r"[`$\"\\]", value):
                 found = f"the value of {name.strip()} in line {number} of {path} is obeyed by the hosts' shells"
                 yield Finding("note", "environment", found, 'leave out ` $ " and \\')

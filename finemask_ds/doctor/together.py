@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from finemask_ds.doctor.checks import Check, Cluster
 from finemask_ds.doctor.facts import existing
 from finemask_ds.doctor.finding import Finding
+from finemask_ds.engine.shared import hosts_without
 from finemask_ds.engine.world import World
 from finemask_ds.errors import abbreviated
 from finemask_ds.run import cache_dir
@@ -27,7 +27,7 @@ BERT_BASE_BYTES = 4 * 108_372_480
 """Gradients of the scores of every matrix that TAMT prunes in BERT-base, fp32: what each step reduces."""
 FAR_BELOW = 0.2
 """Of the link's speed: less is worth a look."""
-SEEN_SEC = 10.0
+SEEN_SEC = 5.0
 """A file must be seen by the other hosts within this time; network file systems look again after some seconds."""
 CLOCK_NOTE_SEC, CLOCK_BAD_SEC = 1.0, 300.0
 """Log lines of the hosts no longer line up; munge, and so Slurm, no longer takes the other's credentials."""
@@ -113,51 +113,19 @@ def check_folders(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _sharing(cluster: Cluster, folder: Path) -> tuple[list[str], list[str]]:
-    """The hosts that cannot write a folder, and those that do not see what the first host writes, or it theirs.
+    """The hosts that cannot write a folder, each with its reason, and those that do not see the first host's files."""
+    told = zip(cluster.ranks, cluster.world.gather(_refusal(folder)), strict=True)
+    unable = list(dict.fromkeys(f"{facts.host} ({reason})" for facts, reason in told if reason))
+    return unable, [] if unable else hosts_without(cluster.world, folder, SEEN_SEC)
 
-    The first rank of each host writes a file and looks for those of the others.
-    """
-    world, writers = cluster.world, [ranks[0] for ranks in cluster.hosts.values()]
-    token = world.on_first(lambda: secrets.token_hex(4))
-    files = {facts.host: folder / f".finemask-doctor-{token}-{facts.rank}" for facts in writers}
-    me = next((facts.host for facts in writers if facts.rank == world.rank), None)
-    problem, seen = "", set(files)
+
+def _refusal(folder: Path) -> str:
+    """Why no file can be made in a folder; empty where one can."""
     try:
-        if me is not None:
-            try:
-                files[me].write_text(token)
-            except OSError as error:
-                problem = error.strerror or str(error)
-        problems = [
-            f"{facts.host} ({said})" for facts, said in zip(cluster.ranks, world.gather(problem), strict=True) if said
-        ]
-        if me is not None and not problems:
-            seen = _seen(files, token)
-        sights = world.gather(seen)
-    finally:
-        if me is not None:
-            with contextlib.suppress(OSError):
-                files[me].unlink(missing_ok=True)
-    first = writers[0]
-    blind = [f.host for f in writers if first.host not in sights[f.rank] or f.host not in sights[first.rank]]
-    return problems, blind
-
-
-def _seen(files: Mapping[str, Path], token: str) -> set[str]:
-    """The hosts whose file appears here in time."""
-    deadline = time.monotonic() + SEEN_SEC
-    while True:
-        seen = {host for host, path in files.items() if _holds(path, token)}
-        if len(seen) == len(files) or time.monotonic() > deadline:
-            return seen
-        time.sleep(0.1)
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except OSError:
-        return False
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def check_clocks(cluster: Cluster) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from finemask_ds.engine.join import of_this_start
 from finemask_ds.engine.sidecar import Sidecar
 from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
@@ -109,12 +110,9 @@ class Watchdog:
             limit_sec = self.silence_sec + self.grace_sec + 2 * self.beat_sec
             self._sidecar = Sidecar(f"rank {self.rank} on {socket.gethostname()}", limit_sec)
         if self.size > 1:
-            self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=20),
-            )
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            own = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
+            self._store = of_this_start(own)
             self._beat(0)
             self._first_host = self._store.get(_beat_key(0)).decode().split("\n")[0]
         works = [self._pulse] if self.size == 1 else [self._pulse, self._watch]

@@ -41,6 +41,7 @@ def join(rank: int, size: int, wait_sec: float) -> dist.Store:
             store = dist.TCPStore(address, port, is_master=False, timeout=patience)
         except dist.DistError as error:
             raise _missing([0], wait_sec) from error
+    store = of_this_start(store)
     store.set(_key(rank), "")
     if store.add("finemask/ranks", 1) == size:
         store.set("finemask/all", "")
@@ -50,6 +51,11 @@ def join(rank: int, size: int, wait_sec: float) -> dist.Store:
         missing = [other for other in range(size) if not store.check([_key(other)])] if rank == 0 else []
         raise _missing(missing, wait_sec) from error
     return store
+
+
+def of_this_start(store: dist.Store) -> dist.Store:
+    """What a store holds of this start of the ranks: torchrun's own outlives the ranks that it starts again."""
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _listen(address: str, port: int) -> socket.socket | None:

@@ -17,15 +17,20 @@ from finemask_ds.finetune.job import Job, open_job, with_model
 from finemask_ds.finetune.train import fine_tune, start_engine
 from finemask_ds.models.downstream import TaskModel, counts
 from finemask_ds.search.dense import resolve_model
+from finemask_ds.signals import Interruption
 
 MEASURED_STEPS = 3
 MEASURED_BATCHES = 2
 
 
-def run_cell(options: Mapping[str, Any], folder: Path) -> None:
-    """Fine-tune the cell of these options of launcher/finetune.py; it leaves ``folder/result.json``."""
+def run_cell(options: Mapping[str, Any], folder: Path, interruption: Interruption) -> None:
+    """Fine-tune the cell of these options of launcher/finetune.py; it leaves ``folder/result.json``.
+
+    Raises:
+        Interrupted: when asked to end; under way it first saves where it stands.
+    """
     config, world = _config({**options, "run": str(folder)}), this_process()
-    fine_tune(config, world, model=resolve_model(config.model, world))
+    fine_tune(config, world, model=resolve_model(config.model, world), interruption=interruption)
 
 
 def measure_cell(options: Mapping[str, Any]) -> float:

@@ -26,15 +26,19 @@ from finemask_ds.finetune.progress import Curve, keep_weights, put_back
 from finemask_ds.models.downstream import TaskModel, counts
 from finemask_ds.provenance import collect
 from finemask_ds.run import Run, read_json, write_json
+from finemask_ds.signals import Interrupted, Interruption
 
 
-def fine_tune(config: FinetuneConfig, world: World, *, model: str) -> dict[str, Any]:
+def fine_tune(
+    config: FinetuneConfig, world: World, *, model: str, interruption: Interruption | None = None
+) -> dict[str, Any]:
     """Fine-tune one cell and leave its result in the run directory; a cell that is done returns it at once.
 
     Args:
         config: the knobs.
         world: the ranks.
         model: hub name or folder for ``config.model``.
+        interruption: watched on one rank alone; see `Cell.train`.
 
     Returns:
         The result as in ``result.json``, with the run directory as ``run``.
@@ -50,7 +54,7 @@ def fine_tune(config: FinetuneConfig, world: World, *, model: str) -> dict[str, 
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
     fixed = FixedMask(engine, job.downstream.model, job.mask) if job.mask else None
-    cell = Cell(job, run, engine, task_model)
+    cell = Cell(job, run, engine, task_model, interruption or Interruption())
     cell.train()
     if fixed:
         fixed.check(engine)
@@ -103,8 +107,9 @@ def start_engine(job: Job, world: World, task_model: TaskModel) -> LocalEngine:
 class Cell:
     """A fine-tuning under way: the loop's hooks and what they note."""
 
-    def __init__(self, job: Job, run: Run, engine: Engine, task_model: TaskModel):
+    def __init__(self, job: Job, run: Run, engine: Engine, task_model: TaskModel, interruption: Interruption):
         self.job, self.run, self.engine, self.task_model = job, run, engine, task_model
+        self.interruption = interruption
         state = load_checkpoint(run.checkpoints, engine) or {"step": 0}
         self.step, self.before_sec = state["step"], state.get("seconds", 0.0)
         self.curve = Curve(job.task.metric, state.get("curve", []))
@@ -117,11 +122,15 @@ class Cell:
         return self.before_sec + time.monotonic() - self.started
 
     def train(self) -> None:
-        """Take the steps that are left, evaluating and saving on the way."""
+        """Take the steps that are left, evaluating and saving on the way; when asked to end, save first.
+
+        Raises:
+            Interrupted: after the step in which it was asked to end, with a checkpoint of that step.
+        """
         config, last = self.job.config, self.job.num_steps
         assert config.eval_every is not None
         batches = ahead(self.job.batches, self.engine.world.device)
-        with run_recorder(self.run, self.engine.world, last) as self.recorder:
+        with run_recorder(self.run, self.engine.world, last) as self.recorder, self.interruption.deferred():
             if self.step < last:
                 train(
                     self.engine, self.task_model, batches, counts, replace(self.job.span, first=self.step + 1),
@@ -130,6 +139,7 @@ class Cell:
                         every(config.eval_every, self._evaluate, last=last),
                         every(config.log_every, self._log, last=last),
                         every(config.save_every, self._save),
+                        self._end_if_asked,
                     ],
                 )  # fmt: skip
 
@@ -155,6 +165,11 @@ class Cell:
         # Only now: a kill before the checkpoint would have needed the best of the one before.
         if self.curve.points:
             self.engine.world.on_first(lambda: self._drop_weights_but(self.curve.best))
+
+    def _end_if_asked(self, step: int) -> None:
+        if self.interruption.asked and step < self.job.num_steps:
+            self._save(step)
+            raise Interrupted
 
     def _drop_weights_but(self, best: Mapping[str, Any]) -> None:
         for path in self.run.best_weights(0).parent.glob("*.safetensors"):

@@ -100,7 +100,11 @@ class Slurm:
         """Start slurmd where a host has lost it; all nodes are idle at the end."""
         for name in self.hosts.names:
             if self.hosts.run(name, ["pgrep", "-x", "slurmd"]).returncode != 0:
+                # Otherwise slurmctld waits a minute for what the old slurmd has still to say of its last job.
+                update = ["scontrol", "update", f"nodename={name}"]
+                self.run([*update, "state=down", "reason=lost"])
                 self.start_node(name)
+                self.run([*update, "state=resume"])
         self._wait_until_idle()
 
     def run(

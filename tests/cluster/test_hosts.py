@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, pid_namespace
-from tests.cluster.networks import bridge, ip, lacking, wait_until
+from tests.cluster.networks import PACKAGES, bridge, ip, lacking, wait_until
 from tests.cluster.slurm import Slurm
 from tests.conftest import REPOSITORY
 
@@ -88,6 +88,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.cluster.networks.SUPER_PATH", "/nowhere")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "iproute2 pdsh are missing (type: make cluster-packages)" in lacking("ip", "pdsh")
+    installed = (REPOSITORY / "tests" / "cluster" / "packages.sh").read_text()
+    assert all(package in installed for package in PACKAGES.values())
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "need root" in lacking("ip")
 

@@ -15,9 +15,10 @@ from typing import Any
 from finemask_ds.commands.sweep import add_worker_arguments, run_worker
 from finemask_ds.errors import UserError
 from finemask_ds.run import write_json
+from finemask_ds.signals import Interruption
 
 
-def run_cell(options: Mapping[str, Any], folder: Path) -> None:
+def run_cell(options: Mapping[str, Any], folder: Path, interruption: Interruption) -> None:
     """Note the start, do as the options say, leave a result that tells where it ran."""
     start, number = time.monotonic(), int(folder.name.removeprefix("attempt-"))
     diary = folder.parent / "diary"

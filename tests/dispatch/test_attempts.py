@@ -77,7 +77,7 @@ def test_a_stale_cell_is_taken_over_by_a_worker(tmp_path):
     left_by(ELSEWHERE, plan.folder(plan.cells[0]))
     ran = []
 
-    def run_cell(options, folder):
+    def run_cell(options, folder, interruption):
         ran.append(folder.name)
         (folder / "result.json").write_text(json.dumps(RESULT))
 
@@ -92,7 +92,7 @@ def test_a_worker_runs_only_the_cells_it_is_given_and_ends_after_an_error_of_the
     plan = Plan.write(tmp_path, [cell("one"), cell("two"), cell("three")], retries=0)
     ran = []
 
-    def run_cell(options, folder):
+    def run_cell(options, folder, interruption):
         ran.append(folder.parent.name)
         raise ZeroDivisionError("a bug")
 
@@ -107,7 +107,7 @@ def test_a_worker_runs_only_the_cells_it_is_given_and_ends_after_an_error_of_the
 
 def test_a_cell_that_ends_without_a_result_has_failed(tmp_path):
     plan = Plan.write(tmp_path, [cell("one")], retries=0)
-    assert work(tmp_path, lambda options, folder: None) == 0
+    assert work(tmp_path, lambda options, folder, interruption: None) == 0
     assert "result.json is missing or broken, though the cell has ended" in standing(plan.folder(plan.cells[0])).error
 
 

@@ -105,7 +105,8 @@ def test_a_worker_killed_from_outside_in_mid_cell(tmp_path):
     until(lambda: len(starts(plan, "held")) == 2)
     (plan.root / "go").touch()
     assert process.wait(WAIT_SEC) == 0
-    assert failure(plan, "held", 1)["error"].startswith("the worker was ended by signal 9 (SIGKILL")
+    # What the dispatcher sees first: its child's exit code, or a lock whose process is gone.
+    assert failure(plan, "held", 1)["error"].startswith(("the worker was ended by signal 9 (SIGKILL", "the worker on "))
     assert states(plan) == {"held": "done", "other": "done"}
 
 

@@ -74,7 +74,9 @@ def test_a_pipe_gets_one_plain_table(plan):
 def test_a_plan_that_nobody_works_on_says_so(plan):
     (attempt,) = attempts_of(plan.folder(plan.cells[1]))
     attempt.let_go()
-    assert "1 of 6 cells are done; nothing runs: dispatch again to go on\n" in shown(plan)
+    assert "1 of 6 cells are done; nothing runs: dispatch again to go on, unless they wait in Slurm's queue\n" in shown(
+        plan
+    )
 
 
 def test_looking_changes_nothing(plan):

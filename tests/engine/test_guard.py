@@ -182,3 +182,31 @@ def test_the_ranks_store_listens_on_the_clusters_interface_only(monkeypatch: pyt
     ]
     assert listening == [f"0100007F:{port:04X}"]
     del store
+
+
+RESTARTED = """
+import os, sys
+from finemask_ds.engine.zero import distributed
+from finemask_ds.session import leave
+
+with distributed(silence_sec=5) as world:
+    if world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise ValueError("out of luck")
+    print("together:", world.gather(world.rank), flush=True)
+leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_hear_nothing_of_the_start_before(tmp_path: Path) -> None:
+    """torchrun's store, which the ranks use, outlives them."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RESTARTED)
+    options = ["--nproc_per_node=2", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    told = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script)], cwd=REPOSITORY, text=True,
+        capture_output=True, timeout=150, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert "failed (ValueError: out of luck)" in told.stderr
+    assert told.stdout.count("together: [0, 1]") == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from finemask_ds.finetune.train import fine_tune
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.run import Run, read_json
+from finemask_ds.signals import Interrupted, Interruption
 from tests.conftest import REPOSITORY
 from tests.pool import free_port
 
@@ -121,7 +125,7 @@ def test_the_cost_is_measured_without_a_trace(toy_bert: Path, toy_tasks: Path, t
     options = {**QUICK, "task": "cola", "model": str(toy_bert), "data": str(toy_tasks)}
     assert measure_cell(options) > 0
     assert sorted(tmp_path.iterdir()) == before
-    run_cell(options, tmp_path / "cell")
+    run_cell(options, tmp_path / "cell", Interruption())
     assert read_json(tmp_path / "cell/result.json")["task"] == "cola"
 
 
@@ -147,6 +151,46 @@ def test_a_killed_cell_goes_on_as_if_never_killed(toy_bert: Path, toy_tasks: Pat
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
     undisturbed = cell(toy_bert, toy_tasks, tmp_path / "other", "mnli", steps=400, eval_every=20, save_every=30)
     assert comparable(read_json(tmp_path / "run/result.json")) == comparable(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_asked_to_end_saves_the_step_it_is_at(toy_bert: Path, toy_tasks: Path, tmp_path: Path) -> None:
+    """Whenever it comes: what was done is not done again, and nobody sees in the result that it came."""
+    undisturbed = cell(toy_bert, toy_tasks, tmp_path / "whole", "mnli", log_every=1)
+    options = {**QUICK, "task": "mnli", "model": str(toy_bert), "data": str(toy_tasks), "log_every": 1}
+    run, rounds, steps = Run(tmp_path / "run"), 0, [0]
+    with Interruption().watching() as interruption:
+        while not run.done("finetune"):
+            interruption.signal, rounds = 0, rounds + 1
+            with _signalled_after(run.folder / "metrics.jsonl"), contextlib.suppress(Interrupted):
+                with interruption.raising():
+                    run_cell(options, run.folder, interruption)
+            if not run.done("finetune"):
+                steps.append(max(int(path.name.removeprefix("step-")) for path in run.checkpoints.iterdir()))
+    assert rounds > 2, "it was interrupted"
+    # One that is asked after its last step has nothing to save.
+    assert steps[:-1] == sorted(set(steps[:-1])), "each round goes on where the last one stood"
+    assert comparable(read_json(run.result)) == comparable({**undisturbed, "run": ""})
+
+
+@contextlib.contextmanager
+def _signalled_after(metrics: Path) -> Iterator[None]:
+    """SIGTERM to this process as soon as the block has logged one more step."""
+    over = threading.Event()
+
+    def watch(size: int) -> None:
+        while not over.wait(0.001):
+            if metrics.exists() and metrics.stat().st_size > size:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, args=(metrics.stat().st_size if metrics.exists() else 0,))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.slow
@@ -256,7 +300,7 @@ def test_the_model_is_the_masks_own_where_none_is_typed(
     told = mask.with_provenance({**mask.provenance, "model": str(toy_bert)})
     save_mask(tmp_path / "mask.safetensors", told)
     options = {**QUICK, "task": "cola", "data": str(toy_tasks), "mask": str(tmp_path / "mask.safetensors")}
-    run_cell(options, tmp_path / "run")
+    run_cell(options, tmp_path / "run", Interruption())
     assert read_json(tmp_path / "run/result.json")["model"] == str(toy_bert)
     assert with_model(FinetuneConfig(task="cola"), [""]).model == "bert-base-uncased"
     assert with_model(FinetuneConfig(task="cola", model="m"), [str(tmp_path / "nowhere")]).model == "m"

@@ -21,6 +21,7 @@ class Interruption:
         self.signal = 0
         """The first signal that came; 0: none."""
         self._raises = False
+        self._deferred = False
 
     @property
     def asked(self) -> bool:
@@ -51,9 +52,18 @@ class Interruption:
         finally:
             self._raises = False
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Leave it to the block to look at `asked` and to raise `Interrupted` where it is ready."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
-        if self._raises:
+        if self._raises and not self._deferred:
             self._raises = False
             raise Interrupted
 

@@ -1,0 +1,95 @@
+"""The templates of jobs/slurm, run as they are: only site.sh, the place a person edits, is a toy's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemask_ds.run import read_json
+from tests.cluster.networks import wait_until
+from tests.cluster.slurm import Slurm
+from tests.conftest import REPOSITORY
+
+END_SEC = 240.0
+TEMPLATES = sorted((REPOSITORY / "jobs" / "slurm").glob("*.sbatch"))
+
+
+@pytest.fixture
+def site(toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path) -> Path:
+    """Two nodes with a rank each, a small model; everything below a folder with a space."""
+    folder = tmp_path / "my site"
+    folder.mkdir()
+    log = f"--output={folder}/%x-%j.log"
+    lines = [
+        *("NODES=2", "GPUS_PER_NODE=1", "CELLS_AT_A_TIME=2", "MOST_RESTARTS=2", f"RUN={shlex.quote(f'{folder}/run')}"),
+        f"SEARCH_OPTIONS=({shlex.quote(log)} --gres=gpu:1)",
+        f"SMALL_OPTIONS=({shlex.quote(log)} --ntasks=1)",
+        "SITE_OPTIONS=(--partition=main --comment='two words')",
+        "CELL_OPTIONS=(gres=gpu:1)",
+        f"SEARCH=(--model {toy_bert} --data {toy_text} --objective kd --steps 60 --save_every 1"
+        " --batch_size 8 --seq_len 16 --eval_every 0)",
+        f"SWEEP=(--model {toy_bert} --data {toy_tasks} --tasks cola --seeds 1 --full no)",
+        "export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1",
+    ]
+    path = folder / "site.sh"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def submitted(slurm: Slurm, site: Path, template: str, *options: str) -> list[str]:
+    """Run a template on the head; the numbers of the jobs it has submitted."""
+    told = slurm.run(["bash", f"jobs/slurm/{template}", *options], env={"FINEMASK_SITE": str(site)})
+    assert told.returncode == 0, told.stderr
+    return re.findall(r"\d+", told.stdout)
+
+
+def queue(slurm: Slurm) -> str:
+    return slurm.run(["squeue", "--noheader", "--array", "--format=%i"]).stdout
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in run.glob("downstream/cells/*/result.json")]
+
+
+def logs(site: Path) -> str:
+    paths = [*site.parent.glob("*.log"), *site.parent.glob("run/downstream/logs/*")]
+    return "\n".join(f"{path}:\n{path.read_text()}" for path in paths)
+
+
+@pytest.mark.slow
+def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
+    slurm: Slurm, site: Path, toy_tasks: Path
+) -> None:
+    """Then the same search, which is done, with --dispatch: its job ends before the cells that it leaves behind."""
+    run = site.parent / "run"
+    search, _ = submitted(slurm, site, "chain.sbatch")
+    wait_until(lambda: list(run.glob("checkpoints/step-*")), END_SEC, "the search has saved")
+    slurm.run(["scancel", "--signal=TERM", search])  # as Slurm does before its time limit
+    wait_until(lambda: not queue(slurm), END_SEC, "nothing is left in the queue")
+    assert (run / "downstream/report/index.html").exists(), logs(site)
+    assert [result["method"] for result in results(run)] == ["tamt-kd"]
+    assert len(read_json(run / "provenance.json")["restarts"]) == 1, logs(site)
+    assert logs(site).count("finemask: SIGTERM: checkpoint at step ") == 1
+    assert logs(site).count("2 rank(s) on 2 host(s): node1 (1), node2 (1)\n") == 2
+
+    cells = ("--tasks", "cola", "--finetune_seeds", "1", "--task_data", str(toy_tasks))
+    (search,) = submitted(slurm, site, "search.sbatch", "--dispatch", "slurm", *cells)
+    wait_until(lambda: search not in queue(slurm).split(), END_SEC, "the search's job has ended")
+    (left,) = re.findall(
+        r"job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on", logs(site).split(f"{search}.log")[1]
+    )
+    assert {f"{left[0]}_0", left[1]} <= set(queue(slurm).split()), "the search has waited for its cells"
+    assert re.search(r": 2 cells, 1 done, 1 to run on Slurm\n", logs(site)), "the other is done already"
+    slurm.run(["scancel", *left])
+
+
+def test_the_templates_are_bash_and_pass_the_ranks() -> None:
+    assert [path.name for path in TEMPLATES] == ["cells.sbatch", "chain.sbatch", "search.sbatch"]
+    for path in [*TEMPLATES, REPOSITORY / "jobs/slurm/site.sh"]:
+        subprocess.run(["bash", "-n", path], check=True)
+    assert "--ranks $((NODES * GPUS_PER_NODE))" in (REPOSITORY / "jobs/slurm/search.sbatch").read_text()
