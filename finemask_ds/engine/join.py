@@ -33,15 +33,15 @@ def join(rank: int, size: int, wait_sec: float) -> dist.Store:
         port = listener.getsockname()[1] if listener else port
         os.environ["MASTER_PORT"] = str(port)
         descriptor = listener.detach() if listener else None
-        store = dist.TCPStore(
+        own = dist.TCPStore(
             address, port, is_master=True, wait_for_workers=False, timeout=patience, master_listen_fd=descriptor
         )
     else:
         try:
-            store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+            own = dist.TCPStore(address, port, is_master=False, timeout=patience)
         except dist.DistError as error:
             raise _missing([0], wait_sec) from error
-    store = of_this_start(store)
+    store = of_this_start(own)
     store.set(_key(rank), "")
     if store.add("finemask/ranks", 1) == size:
         store.set("finemask/all", "")
