@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from finemask_ds.engine.world import World
 from finemask_ds.pdsh import for_pdsh
-from tests.cluster.hosts import PORT, Hosts
+from tests.cluster.hosts import Hosts
 from tests.cluster.ranks import HostRankPool
 
 pytestmark = pytest.mark.slow
 
 
-def size(world: World) -> int:
-    return int(world.max(world.size))
+def process(world: World) -> int:
+    world.barrier()
+    return os.getpid()
 
 
 def test_ranks_listen_on_the_clusters_interface_only(hosts: Hosts, host_ranks: HostRankPool) -> None:
-    assert host_ranks.run(size) == [2, 2]
-    for name in hosts.names:
-        lines = hosts.run(name, ["ss", "-Hltn"]).stdout.splitlines()
-        listening = {tuple(line.split()[3].rsplit(":", 1)) for line in lines}
-        assert len(listening) > 1, "the ranks are there"
-        assert {address for address, port in listening if port != str(PORT)} == {hosts.address(name)}
+    for name, pid in zip(hosts.names, host_ranks.run(process), strict=True):
+        lines = hosts.run(name, ["ss", "-Hltnp"]).stdout.splitlines()
+        listening = {line.split()[3].rpartition(":")[0] for line in lines if f"pid={pid}," in line}
+        assert listening == {hosts.address(name)}
 
 
 def test_what_a_shell_would_obey_reaches_the_ranks_as_it_is(hosts: Hosts, tmp_path: Path) -> None:
