@@ -192,7 +192,7 @@ from finemask_ds.session import leave
 with distributed(silence_sec=5) as world:
     if world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise ValueError("out of luck")
-    print("together:", world.gather(world.rank), flush=True)
+    print(world.gather(world.rank), flush=True)
 leave(0)
 """
 
@@ -209,4 +209,4 @@ def test_ranks_that_torchrun_starts_again_hear_nothing_of_the_start_before(tmp_p
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert "ValueError: out of luck" in told.stderr
-    assert told.stdout.count("together: [0, 1]") == 2
+    assert told.stdout.count("[0, 1]") == 2
