@@ -105,8 +105,8 @@ def test_dead_workers_vanished_masks_and_errors_leave_the_rest_alone(ray_cluster
     plan = Plan.write(tmp_path / "plan", cells, retries=1)
     mask.unlink()
     output = dispatch(ray_cluster, plan, "num_cpus=0.5")
-    # Of a host that was off a moment ago Ray may still, or not yet, know.
-    assert re.search(r"7 cells, 0 done, 7 to run on \d+ workers", output)
+    # Four for each host; of one that was off a moment ago Ray may still, or not yet, know.
+    assert re.search(r"7 cells, 0 done, 7 to run on (4|8|12) workers", output)
     standings = survey(plan).standings
     failed = {name for name, standing in standings.items() if standing.state is State.FAILED}
     assert failed == {"bad", "masked"}
