@@ -81,6 +81,8 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_sec: float = 180) -> list[Any]:
         """The function's results, one for each rank."""
+        if not all(process.is_alive() for process in self._processes):
+            self.close()  # Somebody has ended one since, as by switching its host off.
         if not self._processes:
             self._start()
         for link in self._links:

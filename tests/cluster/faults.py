@@ -18,6 +18,7 @@ from typing import Any
 from finemask_ds.engine.damage import complete_steps
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.run import Run
 from tests.cluster.hosts import FORWARDED, Hosts
 from tests.conftest import REPOSITORY
 from tests.pool import free_port
@@ -354,6 +355,21 @@ class Outcome:
         return self.gone_sec is not None and self.named and self.bystanders and self.equal and not self.orphans
 
 
+def inject(started: Started, kind: str, draw: random.Random) -> Injected | None:
+    """Make a fault; None where the search has left its result by then: what only ends proves nothing."""
+    run = Run(started.run)
+    try:
+        assert started.process.poll() is None, "it has ended"
+        assert not run.done("search"), "it only ends"
+        injected = FAULTS[kind](started, draw)
+    except (AssertionError, IndexError, ProcessLookupError):
+        return None
+    if injected.may_finish or not run.done("search"):
+        return injected
+    injected.mend()
+    return None
+
+
 def try_fault(
     scene: Scene, kind: str, seed: int, log: Path, *, at_step: int = 0, with_launcher: bool = True
 ) -> Outcome | None:
@@ -380,11 +396,10 @@ def try_fault(
         if at_step:
             started.wait_for_step(at_step)
         steps = started.steps()
-        try:
-            assert started.process.poll() is None, "it has ended"
-            injected = FAULTS[kind](started, draw)
-        except (AssertionError, IndexError, ProcessLookupError):
-            started.kill()  # Too late: it has ended meanwhile.
+        injected = inject(started, kind, draw)
+        if injected is None:
+            started.kill()
+            scene.hosts.mend()
             return None
         gone_sec = started.gone_after(LIMIT_SEC + (2 * scene.training_sec if injected.may_finish else 0))
         orphans = len(started.pids())

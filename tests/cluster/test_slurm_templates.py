@@ -80,10 +80,9 @@ def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
     cells = ("--tasks", "cola", "--finetune_seeds", "1", "--task_data", str(toy_tasks))
     (search,) = submitted(slurm, site, "search.sbatch", "--dispatch", "slurm", *cells)
     wait_until(lambda: search not in queue(slurm).split(), END_SEC, "the search's job has ended")
-    (left,) = re.findall(
-        r"job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on", logs(site).split(f"{search}.log")[1]
-    )
-    ended_sec = (site.parent / f"finemask-search-{search}.log").stat().st_mtime
+    log = site.parent / f"finemask-search-{search}.log"
+    (left,) = re.findall(r"job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on", log.read_text())
+    ended_sec = log.stat().st_mtime
     begun_sec = [read_json(path)["start"] for path in run.glob("downstream/cells/cola-full-*/attempt-*/attempt.json")]
     assert all(start > ended_sec for start in begun_sec), "the search has waited for its cells"
     assert re.search(r": 2 cells, 1 done, 1 to run on Slurm\n", logs(site)), "the other is done already"
