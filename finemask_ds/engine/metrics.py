@@ -223,26 +223,30 @@ class TensorBoardWriter(Destination):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the scalars and flush: a checkpoint must not be ahead of the curves that a kill leaves."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with disk_full_is_user_error(self.folder):  # which each call may hear from the writer's own thread
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def image(self, step: int, name: str, pixels: numpy.ndarray) -> None:
         """Write an image, uint8 [height, width, channels]."""
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        with disk_full_is_user_error(self.folder):
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
         """Write a histogram of the finite values; its bins grow exponentially from zero, for any scale."""
         values = values.detach().reshape(-1).float().cpu()
         values = values[torch.isfinite(values)]
         if values.numel():
-            self._writer.add_histogram(name, values, step)
+            with disk_full_is_user_error(self.folder):
+                self._writer.add_histogram(name, values, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            with disk_full_is_user_error(self.folder):
+                opened.close()
 
 
 def write_hyperparameters(folder: Path, knobs: Mapping[str, object], figures: Mapping[str, float]) -> None:
@@ -253,10 +257,11 @@ def write_hyperparameters(folder: Path, knobs: Mapping[str, object], figures: Ma
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in knobs.items()
     }
-    writer = SummaryWriter(str(folder))
-    for summary in hparams(plain, {f"final/{name}": value for name, value in figures.items()}):
-        # Not add_hparams, which would start a run of its own.
-        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
-    for name, value in figures.items():
-        writer.add_scalar(f"final/{name}", value)
-    writer.close()
+    with disk_full_is_user_error(folder):
+        writer = SummaryWriter(str(folder))
+        for summary in hparams(plain, {f"final/{name}": value for name, value in figures.items()}):
+            # Not add_hparams, which would start a run of its own.
+            writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+        for name, value in figures.items():
+            writer.add_scalar(f"final/{name}", value)
+        writer.close()

@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -166,6 +167,24 @@ def test_a_broken_line_in_the_middle_is_a_sentence_and_stays(tmp_path):
     with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
         Jsonl(path).rewind(3)
     assert path.read_text() == '{"step": 1}\nhello\n{"step": 3}\n'
+
+
+# TensorBoard's own thread tells too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_under_tensorboard_is_a_sentence(small_disk):
+    """Its writer is another thread, whose error comes with a later call and names no file."""
+
+    def write_on():
+        for step in range(1000):
+            writer.write(step, {f"loss/{number}": 1.0 for number in range(100)})
+
+    writer = TensorBoardWriter(small_disk / "tb")
+    writer.write(1, {"loss": 1.0})
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    for attempt in (write_on, writer.close):
+        with pytest.raises(UserError, match=rf"disk is full at {small_disk}/tb"):
+            attempt()
+    writer.close()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
