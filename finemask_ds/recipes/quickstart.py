@@ -1,11 +1,12 @@
 """The main job on the built-in language: every method at 70 %, through the deepspeed launcher, and what it is worth.
 
 The searches end in a table of dev losses; then every subnetwork, and the full model, is fine-tuned on the five built-in
-tasks with two seeds, which ends in a table of scores and a page.
+tasks with some seeds, which ends in a table of scores and a page.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages, table
@@ -30,15 +31,16 @@ STAGES = (
 )
 
 
-def downstream(root: Path) -> Stage:
-    """The sweep over all masks that were found."""
+def downstream(root: Path, seeds: Sequence[int]) -> Stage:
+    """The sweep over all masks that were found, with these fine-tuning seeds."""
     masks = [str(stage.run(root).folder) for stage in STAGES if stage.searches]
-    return Stage("downstream", "dispatch.py", ("--model", "builtin", "--masks", *masks, "--seeds", "1", "2"), ranks=0)
+    options = ("--model", "builtin", "--masks", *masks, "--seeds", *map(str, seeds))
+    return Stage("downstream", "dispatch.py", options, ranks=0)
 
 
-def main_job(root: Path) -> str:
+def main_job(root: Path, seeds: Sequence[int]) -> str:
     """Run what is not done yet under ``root``: the table of losses, of scores, and the line that opens TensorBoard."""
     losses = table(run_stages(STAGES, root, SHARED))
     print(f"\n{losses}\n", flush=True)
-    run_stage(downstream(root), root)
+    run_stage(downstream(root, seeds), root)
     return f"watch the searches with: tensorboard --logdir {root}"

@@ -25,9 +25,9 @@ def real(shared: Path, run: Path, **more: object) -> dict[str, object]:
 
 
 @pytest.mark.shared
-def test_ranked_kd_reaches_the_plain_trial_within_100_steps(two_ranks: RankPool, shared: Path, tmp_path: Path) -> None:
+def test_ranked_kd_is_below_the_plain_trial_after_50_steps(two_ranks: RankPool, shared: Path, tmp_path: Path) -> None:
     """70 %, 1e-4, 8 x 128 tokens, ZeRO-2 on 2 ranks: OMP's 0.312 falls below 0.15."""
-    config = TamtConfig(**real(shared, tmp_path, objective="kd", init="ranked", mask_lr=1e-4, steps=100))  # type: ignore[arg-type]
+    config = TamtConfig(**real(shared, tmp_path, objective="kd", init="ranked", mask_lr=1e-4, steps=50))  # type: ignore[arg-type]
     (result, _) = two_ranks.run(jobs.found, config, timeout_sec=900)
     assert result["dev"]["kd_loss"] < 0.15
     assert result["dev"]["mlm_loss"] is None
