@@ -6,6 +6,7 @@ One trial of the most telling kinds, with a shorter silence than the default; be
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,12 @@ def is_supervisor(pid: int) -> bool:
     return words.startswith(f"{sys.executable}\0".encode()) and b"--max_restarts" in words
 
 
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a stopped process will hear a signal when it goes on."""
+    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(pending, 16) & 1 << (number - 1))
+
+
 def test_a_supervised_run_loses_a_host_and_gets_it_back(scene: Scene, tmp_path: Path) -> None:
     """Two ranks in ZeRO-2, power-off, one rank by itself, the scheduler ends it, the host is back: two in ZeRO-3."""
     hosts, run, log = scene.hosts, tmp_path / "run", tmp_path / "log"
@@ -72,9 +79,12 @@ def test_a_supervised_run_loses_a_host_and_gets_it_back(scene: Scene, tmp_path: 
         started.wait_for(lambda: "going on with 1 of 2 rank(s) on node1 (node2 not answering)" in started.told(), "1")
         started.wait_for(lambda: "1 rank(s) on 1 host(s): node1 (1)" in started.told(), "one rank")
         step = started.steps()[-1]
+        (supervisor,), rank = filter(is_supervisor, started.pids()), started.ranks()[0]
         started.wait_for_step(step + 10)
-        (supervisor,) = filter(is_supervisor, started.pids())
+        os.kill(rank, signal.SIGSTOP)  # Otherwise it may be done before the supervisor has reached its host.
         os.kill(supervisor, signal.SIGTERM)
+        started.wait_for(lambda: is_pending(rank, signal.SIGTERM), "the supervisor's word")
+        os.kill(rank, signal.SIGCONT)
         assert started.gone_after() is not None
         assert started.process.returncode == EXIT_CODE
         kept = started.steps()[-1]

@@ -17,7 +17,8 @@ from tests.cluster.slurm import Slurm
 
 TELL = (
     "import json, os; before = dict(os.environ); from finemask_ds.engine.launched import join_launch; "
-    "join_launch(os.environ); print(json.dumps({k: v for k, v in os.environ.items() if k not in before}))"
+    "join_launch(os.environ); told = {k: v for k, v in os.environ.items() if k not in before}; "
+    "print(json.dumps(told) + chr(10), end='')"  # In one piece: tasks may print at once.
 )
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 UNTOLD = {"GLOO_SOCKET_IFNAME": None}
