@@ -54,6 +54,7 @@ def test_mlm_needs_a_head_and_gets_one(two_ranks: RankPool, shared: Path, tmp_pa
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bert_base_shapes_fit_and_run(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     """Two TAMT steps and one short IMP rung with exact counts; benchmarks/memory.py records the memory."""
+    two_ranks.close()  # Fresh ones: 7 GB a rank and what all tests before have kept would be much.
     model, text = write_bert_base(tmp_path / "model"), write_text(tmp_path / "text", lines=40)
     more = {"seq_len": 16, "batch_size": 2, "dev_blocks": 2, "eval_every": 0, "save_every": 0}
     configs = (
