@@ -272,7 +272,7 @@ def _with_origins(cells: Sequence[CellResult], origins: Origins) -> list[CellRes
     alike = {cell.mask_sha256 or cell.mask: cell for cell in cells if cell.done and cell.mask}
     answer = []
     for cell in cells:
-        origin = origins.of(cell.mask, cell.path.parent, cell.mask_sha256) if cell.mask else None
+        origin = origins.of(cell.mask, cell.path.parent, cell.mask_sha256, cell.mask_key) if cell.mask else None
         cell = replace(cell, origin=origin)
         if not cell.done and cell.mask:
             source = alike.get(cell.mask_sha256 or cell.mask)

@@ -11,6 +11,7 @@ from typing import Any
 
 from finemask_ds.config import VOLATILE
 from finemask_ds.errors import UserError
+from finemask_ds.masks.files import load_mask
 from finemask_ds.run import Run, read_json
 
 _NOT_SETTINGS = VOLATILE | {"method", "config_version", "seed", "sparsity", "steps", "schedule_steps", "interval_steps"}
@@ -46,6 +47,7 @@ class Origins:
         self._masks: dict[Path, MaskOrigin] = {}
         self._read: set[Path] = set()
         self._hashes: dict[Path, str] = {}
+        self._fingerprints: dict[Path, str] = {}
 
     def read(self, folder: Path) -> None:
         """Read a search's run directory, once; what is wrong with it goes to ``left_out``."""
@@ -77,24 +79,24 @@ class Origins:
         if result:
             self.searches.append(final)
 
-    def of(self, mask: str, near: Path, sha256: str | None) -> MaskOrigin | None:
-        """The origin of a mask named by a cell, by its path and, if it is known, the hash of its file.
+    def of(self, mask: str, near: Path, sha256: str | None, fingerprint: str = "") -> MaskOrigin | None:
+        """The origin of a mask named by a cell, by its path and, if they are known, the hash of its file and its bits.
 
-        A path that leads nowhere any more (results copied from another machine) is found again by its hash
-        among the searches that were read.
+        A path that leads nowhere any more (results copied from another machine) is found again by its hash or its
+        bits among the searches that were read.
         """
         path = find_mask(mask, near)
         if path is not None:
             home = path.parent.parent if path.parent.name == "masks" else path.parent
             if (home / "config.json").is_file() or (home / "result.json").is_file():
                 self.read(home)
-            if sha256 and path.is_file() and self._hash(path) != sha256:
+            if sha256 and path.is_file() and not self._holds(path, sha256, fingerprint):
                 self.left_out.append(f"{path} is not the mask that {near} was fine-tuned with any more")
             else:
                 return self._masks.get(path)
         if sha256:
             known = (origin for origin in self._masks.values() if origin.path.is_file())
-            return next((origin for origin in known if self._hash(origin.path) == sha256), None)
+            return next((origin for origin in known if self._holds(origin.path, sha256, fingerprint)), None)
         return None
 
     def json(self, path: Path) -> dict[str, Any]:
@@ -105,6 +107,19 @@ class Origins:
             self.left_out.append(str(error))
             return {}
         return value if isinstance(value, dict) else {}
+
+    def _holds(self, path: Path, sha256: str, fingerprint: str) -> bool:
+        """Whether a file is the mask: the same bytes, or the same bits that another search has found."""
+        return self._hash(path) == sha256 or (bool(fingerprint) and self._fingerprint(path) == fingerprint)
+
+    def _fingerprint(self, path: Path) -> str:
+        if path not in self._fingerprints:
+            try:
+                self._fingerprints[path] = load_mask(path).fingerprint()
+            except UserError as error:
+                self.left_out.append(str(error))
+                self._fingerprints[path] = ""
+        return self._fingerprints[path]
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:

@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from finemask_ds.errors import UserError
+from finemask_ds.masks.files import load_mask, save_mask
+from finemask_ds.masks.mask import Mask
 from finemask_ds.report.collect import collect
 from tests.report.fakes import HOLES, Fakes, small, write
 
@@ -101,6 +103,25 @@ def test_a_plan_without_any_result(tmp_path):
     cells = {cell.method: cell for cell in collect([tmp_path]).cells}
     assert (cells["tamt-kd"].sparsity, cells["tamt-kd"].mask_seed, cells["tamt-kd"].search_steps) == (0.6, 2, steps)
     assert cells["full"].sparsity == 0
+
+
+def test_a_mask_is_known_by_its_bits_when_its_search_is_made_again(tmp_path):
+    """Its file's bytes differ then, as it tells when and by which commit it was made."""
+    fakes = Fakes(tmp_path)
+    (path,) = fakes.search("omp", 0.6, 1).values()
+    fakes.cell("mrpc", path, method="omp", sparsity=0.6, mask_fingerprint=load_mask(path).fingerprint())
+    fakes.plan()
+
+    def origin():
+        found = collect([tmp_path])
+        (cell,) = (cell for cell in found.cells if cell.mask)
+        return cell.origin and cell.origin.method, found.left_out
+
+    save_mask(path, load_mask(path).with_provenance({"method": "omp", "commit": "another"}))
+    assert origin() == ("omp", ())
+    save_mask(path, Mask.random(load_mask(path).shapes, 0.6, seed=99))
+    assert origin()[0] is None
+    assert "is not the mask that" in origin()[1][0]
 
 
 def test_nothing_to_report_is_one_sentence(tmp_path):
