@@ -45,6 +45,7 @@ def listening(process: int) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_of_one_host_listen_on_its_loopback_only(one_rank: RankPool, two_ranks: RankPool) -> None:
     with socket.create_server(("127.0.0.1", 0)), socket.create_server(("::", 0), family=socket.AF_INET6):
         assert listening(os.getpid()) >= {"127.0.0.1", "::"}, "the test can see"
@@ -86,6 +87,7 @@ def test_code_beside_a_model_is_never_run(toy_bert: Path, tmp_path: Path, model_
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.slow
 def test_what_a_file_says_is_no_command_to_a_terminal(tmp_path: Path) -> None:
     evil = "\x1b[2J\u202eevil"
     save_mask(tmp_path / "mask.safetensors", Mask.full_like({evil: (8, 8)}).with_provenance({"method": evil}))

@@ -88,6 +88,7 @@ def test_a_missing_hostfile_is_no_run_on_one_host(hosts: Hosts, search: list[str
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_every_task_of_a_step_is_told_its_place(slurm: Slurm) -> None:
     told = slurm.run(["srun", "-N", "2", "-n", "4", sys.executable, "-c", TELL])
     places = sorted((json.loads(line) for line in told.stdout.splitlines()), key=lambda place: place["RANK"])
@@ -102,6 +103,7 @@ def test_every_task_of_a_step_is_told_its_place(slurm: Slurm) -> None:
     assert {place["MASTER_PORT"] for place in there}.isdisjoint(place["MASTER_PORT"] for place in places)
 
 
+@pytest.mark.slow
 def test_who_is_alone_in_a_slurm_job_is_no_rank(slurm: Slurm, tmp_path: Path) -> None:
     """A single task, a batch script, a shell under salloc; and a batch script submitted from within a step of two."""
     python = [sys.executable, "-c", TELL]
@@ -118,6 +120,7 @@ def test_who_is_alone_in_a_slurm_job_is_no_rank(slurm: Slurm, tmp_path: Path) ->
     assert (tmp_path / "within").read_text() == "SLURM_STEP_ID=0\n{}\n"  # Of the step that it was submitted from.
 
 
+@pytest.mark.slow
 def test_one_rank_for_each_task_of_mpirun(hosts: Hosts) -> None:
     if why := lacking("mpirun"):
         pytest.skip(why)

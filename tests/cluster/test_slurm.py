@@ -101,6 +101,7 @@ def task_of(plan: Plan, name: str) -> str:
     return log.stem.removeprefix("slurm-")
 
 
+@pytest.mark.slow
 def test_an_array_runs_every_cell_once_wherever_there_is_room(slurm: Slurm, tmp_path: Path) -> None:
     """In a folder whose name Slurm and a shell would both like to expand."""
     folder = tmp_path / 'it\'s 100% x; $(touch oops) "a"'
@@ -224,6 +225,7 @@ def stopped_controller(slurm: Slurm) -> Iterator[None]:
         slurm.hosts.run("head", ["kill", "-CONT", pid])
 
 
+@pytest.mark.slow
 def test_more_cells_than_an_array_may_have_tasks(slurm: Slurm, tmp_path: Path) -> None:
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(5)])
     dispatcher = Dispatcher(slurm, plan, "--slots", 3, most_tasks=2)

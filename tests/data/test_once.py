@@ -57,6 +57,7 @@ def ask(folder: Path, build: Build, stale_sec: float) -> str:
         return f"UserError: {error}"
 
 
+@pytest.mark.slow
 def test_three_at_once_build_once_though_it_takes_longer_than_silence_may(processes, tmp_path):
     build = Build(tmp_path / "log", seconds=2.2, asked=3)
     asked = [processes.submit(ask, tmp_path / "folder", build, 1.6) for _ in range(3)]

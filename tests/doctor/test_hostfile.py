@@ -94,6 +94,7 @@ def test_the_file_of_forwarded_variables_is_read_before_the_launcher_breaks_off_
     )
 
 
+@pytest.mark.slow
 def test_hosts_are_asked_over_ssh_at_once_and_what_they_lack_is_named(tmp_path, monkeypatch):
     """The ssh of this test runs the command here, but for hosts that are down, locked, bare or another's."""
     here = json.dumps(installed())

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
 from finemask_ds.config import DoctorConfig
@@ -39,6 +40,7 @@ def said(
     return [str(finding) for finding in check(seen)]
 
 
+@pytest.mark.slow
 def test_a_sum_is_measured_and_is_right(two_ranks: RankPool, tmp_path: Path) -> None:
     (line,) = two_ranks.run(said, check_all_reduce, tmp_path)[0]
     assert line.startswith("ok    all-reduce: right on all ranks, latency ")
@@ -49,6 +51,7 @@ def test_a_rank_that_sums_wrongly_is_named(two_ranks: RankPool, tmp_path: Path) 
     assert line.startswith("bad   all-reduce: a wrong sum on rank 1 on node2; ")
 
 
+@pytest.mark.slow
 def test_folders_are_shared_or_each_hosts_own(two_ranks: RankPool, tmp_path: Path) -> None:
     for name in ("one", "rank0", "rank1"):
         (tmp_path / name).mkdir()

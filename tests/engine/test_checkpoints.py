@@ -157,6 +157,7 @@ def save_until_full(world: World, stage: int | None, folder: Path, scratch: Path
 
 
 @pytest.mark.parametrize("stage", [None, 2])
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_on_every_rank(
     two_ranks: RankPool, tmp_path: Path, small_disk: Path, stage: int | None
 ) -> None:

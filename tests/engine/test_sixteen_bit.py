@@ -108,6 +108,7 @@ def test_a_run_that_only_skips_stops_and_names_the_scale(two_ranks: RankPool, tm
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_in_bf16_or_fp32_a_gradient_that_is_not_finite_stops_the_run(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
@@ -116,6 +117,7 @@ def test_in_bf16_or_fp32_a_gradient_that_is_not_finite_stops_the_run(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_bf16_trains_the_same_regression(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     values, metrics, scale = two_ranks.run(jobs.overflowed, stage, tmp_path, BF16, [], [], 6)[0]
     plain_values, plain = jobs.trained(World(), None, tmp_path, jobs.BATCH, 0.5)

@@ -86,6 +86,7 @@ def test_a_pickle_is_refused(tmp_path: Path, toy_bert: Path) -> None:
         load_pretrained(str(tmp_path / "pickled"))
 
 
+@pytest.mark.slow
 def test_a_model_in_the_hubs_cache_is_found_without_a_network(tmp_path: Path, toy_bert: Path) -> None:
     """In the hub's layout; by a fresh process, since the cache's place is read at import."""
     repository = tmp_path / "hub" / "models--toy--bert"

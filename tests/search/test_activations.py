@@ -42,6 +42,7 @@ def test_they_are_magnitudes_times_the_norms_of_the_inputs(toy_bert: Path, toy_t
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_ranks_start_from_the_mask_of_one_process(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
 ) -> None:

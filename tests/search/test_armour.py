@@ -44,6 +44,7 @@ def logged(config: SearchConfig) -> list[dict[str, float]]:
 @pytest.mark.parametrize("method", ["tamt", "imp"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_a_16_bit_search_finds_about_what_fp32_finds(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int, dtype: str, method: str
 ) -> None:
@@ -98,6 +99,7 @@ def test_frozen_matrices_are_16_bit_and_everything_learnt_is_fp32(
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_killed_fp16_run_goes_on_bit_for_bit(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
 ) -> None:

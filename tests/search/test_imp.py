@@ -63,6 +63,7 @@ def test_the_first_rung_is_omp(toy_bert: Path, toy_text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_two_ranks_equal_one_plain_process(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
 ) -> None:
@@ -77,6 +78,7 @@ def test_two_ranks_equal_one_plain_process(
 
 @pytest.mark.parametrize("stage", [None, *STAGES])
 @pytest.mark.parametrize("rewind", ["theta0", "none"])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int | None, rewind: str
 ) -> None:

@@ -25,6 +25,7 @@ def mask_of(config: TamtConfig) -> Mask:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+@pytest.mark.slow
 def test_two_ranks_equal_one_plain_process(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int, objective: str
 ) -> None:
@@ -40,6 +41,7 @@ def test_two_ranks_equal_one_plain_process(
 
 
 @pytest.mark.parametrize("stage", [None, *STAGES])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int | None
 ) -> None:
@@ -75,6 +77,7 @@ def test_a_finished_run_is_not_run_again(toy_bert: Path, toy_text: Path, tmp_pat
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
+@pytest.mark.slow
 def test_only_the_ratio_of_rate_to_score_matters(toy_bert: Path, toy_text: Path, tmp_path: Path, factor: float) -> None:
     """(c * scores, c * phi, c * mask_lr) gives the same masks, bit for bit for c a power of two."""
     base = jobs.tamt(tmp_path / "base", toy_bert, toy_text, objective="kd", max_grad_norm=0.0)
@@ -119,6 +122,7 @@ def test_the_saved_mask_is_exact(toy_bert: Path, toy_text: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.slow
 def test_a_pooler_that_gets_no_gradient_keeps_its_mask_in_zero(
     two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
 ) -> None:
