@@ -53,6 +53,7 @@ def test_a_rank_is_told_how_to_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
         supervise(TamtConfig(max_restarts=1), ["launcher/tamt.py"])
 
 
+@pytest.mark.slow
 def test_only_the_processes_of_a_launch_are_ended(tmp_path: Path) -> None:
     """Ranks are asked first; what ignores it is killed; another launch of the same user goes on."""
     polite = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(3)); print(1, flush=True); time.sleep(60)"

@@ -22,6 +22,7 @@ def hostname(hosts: Hosts, of: str) -> str:
     return (told.stdout or told.stderr).strip()
 
 
+@pytest.mark.slow
 def test_hosts_reach_each_other_by_name(hosts: Hosts) -> None:
     assert [hostname(hosts, of) for of in (*hosts.names, "head")] == ["node1", "node2", "head"]
     told = hosts.run("head", ["pdsh", "-w", ",".join(hosts.names), "hostname"])

@@ -145,6 +145,7 @@ def test_an_interrupted_dispatcher_leaves_a_plan_that_the_same_call_finishes(tmp
     assert [starts(plan, name) for name in ("first", "held", "also")] == [["1"], ["1", "2"], ["1", "2"]]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_dispatcher_that_is_killed(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("held", do="hold"), cell("also", do="hold")], retries=0)
     process = python("fake_dispatch.py", plan.root, 2)
@@ -167,6 +168,7 @@ def _is_zombie(pid: int) -> bool:
         return stream.read().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_killed_at_the_end_of_the_grace(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("held", do="hold")], retries=0)
     process = python("fake_dispatch.py", plan.root, 1)

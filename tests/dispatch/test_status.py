@@ -87,6 +87,7 @@ def test_looking_changes_nothing(plan):
     assert sorted(plan.root.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_live_table_until_all_is_done(plan):
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", SHOW, plan.root], stdout=slave, cwd=REPOSITORY, env={

@@ -35,6 +35,7 @@ def test_a_search_is_that_of_the_plain_path(
     assert_equal_bits(fast, plain)
 
 
+@pytest.mark.slow
 def test_a_search_by_the_kernels_is_that_of_the_plain_path(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     fast, plain = (config(tmp_path / way, toy_bert, toy_text, steps=4) for way in ("fast", "plain"))
