@@ -50,7 +50,8 @@ def has_ended(worker: subprocess.Popen[bytes]) -> bool:
 def end(workers: Sequence[subprocess.Popen[bytes]], grace_sec: float) -> None:
     """Ask workers to end, and end what is left of them and their children when the grace is over."""
     for worker in workers:
-        worker.terminate()
+        if worker.returncode is None:  # terminate() would ask for the code: see has_ended.
+            os.kill(worker.pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_sec
     while not all(map(has_ended, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)

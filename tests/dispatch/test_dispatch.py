@@ -19,6 +19,7 @@ from tests.dispatch.toys import (
     diary,
     dispatch,
     failure,
+    is_over,
     python,
     result,
     starts,
@@ -160,12 +161,7 @@ def test_a_workers_own_children_do_not_outlive_it(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("parent", do="child")])
     dispatch(plan)
     child = int((plan.root / "cells" / "parent" / "child").read_text())
-    until(lambda: not os.path.exists(f"/proc/{child}") or _is_zombie(child))
-
-
-def _is_zombie(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat") as stream:
-        return stream.read().rpartition(")")[2].split()[0] == "Z"
+    until(lambda: is_over(child))
 
 
 @pytest.mark.slow
