@@ -13,13 +13,13 @@ import pytest
 from finemask_ds.dispatch.attempt import attempts_of
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.survey import State, survey
+from tests.conftest import is_over
 from tests.dispatch.toys import (
     WAIT_SEC,
     cell,
     diary,
     dispatch,
     failure,
-    is_over,
     python,
     result,
     starts,

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from finemask_ds.dispatch.process import end, has_ended, reap, spawn
-from tests.dispatch.toys import is_over, until
+from tests.conftest import is_over
+from tests.dispatch.toys import until
 
 LEAVES_A_CHILD = "sleep 600 & echo $! >child.part; mv child.part child"
 

@@ -59,14 +59,6 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def is_over(pid: int) -> bool:
-    """Whether a process has ended, even if its parent has not asked for it yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def diary(plan: Plan, name: str) -> list[list[str]]:
     """What the fake cell noted: ["start" or "end", attempt's number, nanoseconds], in order."""
     path = plan.root / "cells" / name / "diary"

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, is_over
 
 OWNER = """
 import os, sys, time
@@ -68,10 +67,7 @@ def ended(pid: int) -> bool:
     """Whether a process ends within a bounded time; one whose parent has not asked for it counts."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
+        if is_over(pid):
             return True
         time.sleep(0.05)
     return False
