@@ -24,6 +24,7 @@ from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.job import check_cells, with_model
 from finemask_ds.finetune.train import fine_tune
+from finemask_ds.lock import lives
 from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
@@ -154,13 +155,5 @@ def asked(config: DispatchKnobs) -> dict[str, Any]:
 
 def _wait_until_gone(pids: Sequence[int]) -> None:
     deadline = time.monotonic() + GONE_SEC
-    while time.monotonic() < deadline and any(_lives(pid) for pid in pids):
+    while time.monotonic() < deadline and any(map(lives, pids)):
         time.sleep(0.1)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        # A zombie, whose launcher has not looked yet, holds no device.
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False

@@ -33,7 +33,7 @@ class Holder(NamedTuple):
         if self.silent_sec > stale_sec:
             return True
         pid, _, place = self.name.partition("@")
-        return place.rpartition("-")[0] == _this_place() and pid.isdecimal() and not _lives(int(pid))
+        return place.rpartition("-")[0] == _this_place() and pid.isdecimal() and not lives(int(pid))
 
 
 class Lock:
@@ -159,13 +159,14 @@ def _this_place() -> str:
     return f"{socket.gethostname()}-{content_hash(*signs)[:8]}"
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and whose parent has not asked for it does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    with contextlib.suppress(OSError):  # one that has ended counts as dead, even if its parent has not asked for it yet
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     return True

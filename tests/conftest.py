@@ -92,11 +92,3 @@ def toy_mask(tmp_path_factory: pytest.TempPathFactory, toy_bert: Path) -> Path:
     told = {"method": "random", "model": "toy", "model_sha256": pretrained.digest(), "seed": 3, "target_sparsity": 0.7}
     save_mask(folder / "mask.safetensors", Mask.random(pretrained.shapes, 0.7, seed=3).with_provenance(told))
     return folder
-
-
-def is_over(pid: int) -> bool:
-    """Whether a process has ended, even if its parent has not asked for it yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True

@@ -30,10 +30,8 @@ STARTED = " rank(s) on "
 
 
 def words_of(pid: int | str) -> bytes:
-    """Command line and environment of a process; empty where it has ended."""
+    """Command line and environment of a process; no words where it has ended."""
     try:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-            return b""
         return Path(f"/proc/{pid}/cmdline").read_bytes() + b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""

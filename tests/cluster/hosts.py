@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from finemask_ds.lock import lives
 from tests.cluster.networks import (
     HEAD,
     SUPER_PATH,
@@ -225,7 +226,6 @@ class Hosts:
 def pid_namespace(pid: int) -> str | None:
     """Which processes a process sees; None where it has ended, even if nobody has waited for it yet."""
     try:
-        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-        return None if ended else os.readlink(f"/proc/{pid}/ns/pid")
+        return os.readlink(f"/proc/{pid}/ns/pid") if lives(pid) else None
     except OSError:
         return None

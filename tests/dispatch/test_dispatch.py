@@ -13,7 +13,7 @@ import pytest
 from finemask_ds.dispatch.attempt import attempts_of
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.survey import State, survey
-from tests.conftest import is_over
+from finemask_ds.lock import lives
 from tests.dispatch.toys import (
     WAIT_SEC,
     cell,
@@ -161,7 +161,7 @@ def test_a_workers_own_children_do_not_outlive_it(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("parent", do="child")])
     dispatch(plan)
     child = int((plan.root / "cells" / "parent" / "child").read_text())
-    until(lambda: is_over(child))
+    until(lambda: not lives(child))
 
 
 @pytest.mark.slow

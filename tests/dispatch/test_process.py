@@ -7,7 +7,7 @@ import os
 import pytest
 
 from finemask_ds.dispatch.process import end, has_ended, reap, spawn
-from tests.conftest import is_over
+from finemask_ds.lock import lives
 from tests.dispatch.toys import until
 
 LEAVES_A_CHILD = "sleep 600 & echo $! >child.part; mv child.part child"
@@ -18,7 +18,7 @@ def test_children_of_a_worker_end_with_it_even_where_it_had_ended_unseen(tmp_pat
     worker = spawn(["bash", "-c", script], tmp_path / "log", os.environ, tmp_path)
     until(lambda: (tmp_path / "child").exists() and has_ended(worker) == (code == 0))
     child = int((tmp_path / "child").read_text())
-    assert not is_over(child)
+    assert lives(child)
     end([worker], grace_sec=10)
-    until(lambda: is_over(child))
+    until(lambda: not lives(child))
     assert reap(worker) == code

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY, is_over
+from finemask_ds.lock import lives
+from tests.conftest import REPOSITORY
 
 OWNER = """
 import os, sys, time
@@ -67,7 +68,7 @@ def ended(pid: int) -> bool:
     """Whether a process ends within a bounded time; one whose parent has not asked for it counts."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        if is_over(pid):
+        if not lives(pid):
             return True
         time.sleep(0.05)
     return False
