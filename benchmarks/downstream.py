@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from finemask_ds.dispatch.executor import dispatch
 from finemask_ds.dispatch.local import LocalExecutor
@@ -29,19 +30,25 @@ STAGES = (
     Stage("random", "magnitude.py", ("--kind", "random"), ranks=0),
 )
 NUM_QUESTIONS = 1000
+SMALL = ("cola", "mrpc", "stsb")
+"""Tasks that are fine-tuned on whole."""
 
 
 def plan_of(data: Path, model: str, rate: float) -> list[Cell]:
     """The first seed of everything first, so that a plan that is cut short compares all methods already."""
     masks = [ROOT / stage.name / "mask.safetensors" for stage in STAGES]
-    shared = {"model": model, "data": str(data), "lr": rate or None, "micro_batch_size": 16}
-    small = ("cola", "mrpc", "stsb")
+    shared = options(data, model, rate)
     return [
-        *sweep(masks, small, [1], **shared),
+        *sweep(masks, SMALL, [1], **shared),
         *sweep(masks, ["sst2"], [1], [2000], **shared),
         *sweep(masks, ["squad"], [1], [NUM_QUESTIONS], **shared),
-        *sweep(masks, small, [2, 3], **shared),
+        *sweep(masks, SMALL, [2, 3], **shared),
     ]
+
+
+def options(data: Path, model: str, rate: float) -> dict[str, Any]:
+    """What all cells have in common."""
+    return {"model": model, "data": str(data), "lr": rate or None, "micro_batch_size": 16}
 
 
 def cut_data(shared: Path, root: Path) -> Path:
@@ -61,14 +68,23 @@ def cut_data(shared: Path, root: Path) -> Path:
     return root
 
 
-def exchange(plan: Plan) -> None:
-    """Results that are kept count as done; what is done is kept."""
+def exchange(plan: Plan, folder: Path) -> None:
+    """Results that are kept in the folder count as done; what is done is kept there."""
     for cell in plan.cells:
-        kept, own = KEPT / f"{cell.id}.json", plan.folder(cell) / "result.json"
+        kept, own = folder / f"{cell.id}.json", plan.folder(cell) / "result.json"
         if kept.exists() and not own.exists():
             write_json(own, read_json(kept))
         elif own.exists() and not kept.exists():
             write_json(kept, read_json(own))
+
+
+def complete(plan: Plan, folder: Path) -> None:
+    """Fine-tune what the folder does not hold yet, and keep it there."""
+    exchange(plan, folder)
+    try:
+        dispatch(plan, LocalExecutor())
+    finally:
+        exchange(plan, folder)
 
 
 def main() -> None:
@@ -86,11 +102,9 @@ def main() -> None:
     run_stages(STAGES, ROOT, searched)
     cells = plan_of(cut_data(shared / "data", ROOT / "data"), model, arguments.lr)
     plan = Plan.write(ROOT / f"plan-{arguments.lr:g}", cells)
-    exchange(plan)
     try:
-        dispatch(plan, LocalExecutor())
+        complete(plan, KEPT)
     finally:
-        exchange(plan)
         page, left_out = write_report([plan.root, *(ROOT / stage.name for stage in STAGES)], None)
         print(*left_out, page, sep="\n")
 

@@ -3,7 +3,8 @@
 
     python benchmarks/quality.py --shared ../shared                  # what results/quality does not hold yet
     python benchmarks/quality.py --shared ../shared --only kd-70     # of one objective and sparsity
-    python benchmarks/quality.py --table                             # the table and the figure of what is done
+    python benchmarks/quality.py --shared ../shared --downstream     # and what the masks are worth on tasks
+    python benchmarks/quality.py --table                             # the tables and the figure of what is done
 
 Each cell is one whole search with its own full decay on all-MiniLM-L6-v2 and WikiText-2, 8 x 64 tokens a step, one
 process on one core; as many run at once as there are cores. A second call goes on where the first stopped.
@@ -25,6 +26,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from finemask_ds.dispatch.plan import Plan, sweep
 from finemask_ds.provenance import collect
 from finemask_ds.recipes.stages import REPOSITORY
 from finemask_ds.report.table import markdown
@@ -32,8 +34,10 @@ from finemask_ds.run import Run, read_json, write_json
 
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Eta
+from benchmarks.downstream import SMALL, complete, cut_data, options
 
 KEPT = REPOSITORY / "results/quality"
+KEPT_SCORES = KEPT / "downstream"
 ROOT = Path("runs/quality")
 LONG, SHORT, LEAST = 2000, 200, 100
 """Steps of the comparison, those in which the fast masks are to be as good, and those hoped for."""
@@ -109,6 +113,15 @@ def _compared(objective: str, sparsity: float, seed: int) -> Iterator[Cell]:
     yield Cell(objective, sparsity, "binary", PAPER_LR[objective], LONG, seed)
 
 
+FINE_TUNED = (
+    Cell("kd", 0.7, "binary", BINARY_LR, LONG, 1),
+    Cell("kd", 0.7, "activations", FAST_LR, SHORT, 1),
+    Cell("kd", 0.7, "activations", FAST_LR, LONG, 1),
+    Cell("kd", 0.7, "binary", PAPER_LR["kd"], LONG, 1),
+)
+"""Searches whose masks are compared on tasks, in the order in which they are fine-tuned."""
+
+
 def run(cell: Cell, shared: Path, core: int) -> None:
     """Search on one core and keep the figures."""
     ROOT.mkdir(parents=True, exist_ok=True)
@@ -130,9 +143,8 @@ def run(cell: Cell, shared: Path, core: int) -> None:
     })  # fmt: skip
 
 
-def run_all(cells: Sequence[Cell], shared: Path) -> None:
-    """Run what is not kept yet, a cell on each core."""
-    missing = [cell for cell in cells if not cell.kept.exists()]
+def run_all(missing: Sequence[Cell], shared: Path) -> None:
+    """Run searches, a cell on each core."""
     cores: Queue[int] = Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -151,6 +163,26 @@ def run_all(cells: Sequence[Cell], shared: Path) -> None:
             done += cell.steps
             kept = read_json(cell.kept)
             print(f"{cell.name}: {kept['curve'][-1][1]:.4f} in {kept['seconds']:.0f} s; {eta.after(done)}", flush=True)
+
+
+def fine_tune(shared: Path) -> None:
+    """Fine-tune the compared masks as benchmarks/downstream.py does; one that is not on this machine is found again."""
+    run_all([cell for cell in FINE_TUNED if not Run(ROOT / cell.name).mask.exists()], shared)
+    told = options(cut_data(shared / "data", ROOT / "data"), str(shared / "models/all-MiniLM-L6-v2"), 1e-4)
+    cells = [cell for one in FINE_TUNED for cell in sweep([ROOT / one.name], SMALL, [1], with_full=False, **told)]
+    complete(Plan.write(ROOT / "downstream", cells), KEPT_SCORES)
+
+
+def score_table() -> str:
+    """Dev scores x 100 of the compared masks, as far as they are kept."""
+    scores = defaultdict(dict)
+    for path in KEPT_SCORES.glob("*.json"):
+        kept = read_json(path)
+        scores[Path(kept["mask"]).parent.name][kept["task"]] = f"{100 * kept['score']:.1f}"
+    rows = [
+        [cell.setting, str(cell.steps), *(scores[cell.name].get(task, "-") for task in SMALL)] for cell in FINE_TUNED
+    ]
+    return markdown(["start, mask rate", "steps", *SMALL], rows)
 
 
 def results(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
@@ -207,15 +239,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="folder with data/ and models/")
     parser.add_argument("--only", default="", help="objective and sparsity, as kd-70")
+    parser.add_argument("--downstream", action="store_true", help="fine-tune the compared masks, search no others")
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     cells = [cell for cell in dict.fromkeys(plan()) if arguments.only in ("", cell.group)]
     if not arguments.table:
         if arguments.shared is None:
             parser.error("type --shared FOLDER, or --table for what is done")
-        run_all(cells, arguments.shared.resolve())
+        shared = arguments.shared.resolve()
+        if arguments.downstream:
+            fine_tune(shared)
+        else:
+            run_all([cell for cell in cells if not cell.kept.exists()], shared)
     found = results(cells)
-    print(table(found))
+    print(table(found), score_table(), sep="\n\n")
     if found:
         draw(found, REPOSITORY / "results/quality.png")
 
