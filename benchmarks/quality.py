@@ -222,7 +222,7 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
             color = f"C{settings.index(setting)}"
             for one in kept:
                 x, y = zip(*one["curve"], strict=True)
-                label = setting if steps == LONG and one is kept[0] else None
+                label = setting if steps == LONG and one is kept[0] else None  # Shorter ones have the same color.
                 style = {"color": color, "label": label, "linewidth": 1, "marker": "o" if steps < LONG else None}
                 row[0].plot(x, y, **style)
                 row[1].plot([step * one["step_sec"] for step in x], y, **style)
@@ -230,7 +230,9 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
             axis.set(xscale="log", yscale="log", xlabel=what, ylabel=f"dev {group.split('-')[0].upper()} loss",
                      title=f"{group.split('-')[1]} % sparsity")  # fmt: skip
             axis.grid(alpha=0.3, which="both")
-        row[0].legend(fontsize=7)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
