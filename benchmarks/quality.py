@@ -100,7 +100,7 @@ def plan() -> Iterator[Cell]:
     yield from _compared("kd", 0.7, seed=2)
     for init, rate in (("ranked", 1e-4), ("ranked", 3e-4), ("activations", 1e-4), ("activations", 5e-4)):
         yield Cell("kd", 0.7, init, rate, LONG, 1)
-    for objective, sparsity in (("mlm", 0.7), ("kd", 0.8)):
+    for objective, sparsity in (("mlm", 0.7), ("kd", 0.8), ("mlm", 0.8)):
         for seed in (1, 2):
             yield from _compared(objective, sparsity, seed)
 
