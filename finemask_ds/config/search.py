@@ -33,7 +33,7 @@ PAPER_SCHEDULE_STEPS = 10 * PAPER_INTERVAL_STEPS
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {"init": "binary"},
-    "fast": {"init": "activations", "mask_lr": 3e-4, "steps": 200},
+    "fast": {"init": "reconstruction", "mask_lr": 3e-4, "steps": 200},
 }
 """Preset of TAMT -> what a knob is that was not typed; the paper's rates and steps go by objective and sparsity."""
 
@@ -134,9 +134,10 @@ class TamtConfig(SearchConfig):
                        choices=("paper", "fast"))  # fmt: skip
     init: str | None = knob(None, "scores at the start: 'binary' (the paper's) alpha*phi on the OMP mask (Eq. 5), "
                             "'random' alpha*phi at random positions, 'ranked' phi*|w|/t with t the OMP threshold, "
-                            "'activations' (of --preset fast) the same with |w| times the norm of its inputs",
-                            source="TAMT 3.4.2, 4.2.4; Wanda Eq. 2",
-                            choices=("binary", "random", "ranked", "activations"))  # fmt: skip
+                            "'activations' the same with |w| times the norm of its inputs, 'reconstruction' (of "
+                            "--preset fast) with what its matrix's outputs miss it by under a mask found by swaps",
+                            source="TAMT 3.4.2, 4.2.4; Wanda Eq. 2; results/README.md",
+                            choices=("binary", "random", "ranked", "activations", "reconstruction"))  # fmt: skip
     phi: float = knob(0.01, "threshold of the scores at the start", source="TAMT 4.1.3")
     alpha: float = knob(2.0, "kept scores start at alpha * phi", source="TAMT 4.1.3")
     threshold_every: int = knob(

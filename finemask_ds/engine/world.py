@@ -54,6 +54,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's ``tensor`` on every rank, each of which brings one of its shape, dtype and device."""
+        if self.size == 1:
+            return tensor
+        on_device = tensor.to(self.device)
+        dist.broadcast(on_device, src=0)
+        return on_device.to(tensor.device)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's (small, picklable) value, in the order of the ranks, on every rank."""
         values: list[Any] = [value]

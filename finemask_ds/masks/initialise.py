@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finemask_ds.masks.select import top_k_mask
+
 
 def binary(mask: Tensor, alpha: float = 2.0, phi: float = 0.01) -> Tensor:
     """alpha * phi where the mask keeps, else 0 (TAMT Eq. 5; Section 4.2.4 for a random mask).
@@ -21,10 +23,10 @@ def binary(mask: Tensor, alpha: float = 2.0, phi: float = 0.01) -> Tensor:
 
 
 def ranked(weight: Tensor, mask: Tensor, phi: float = 0.01) -> Tensor:
-    """phi * |w| / t, t the smallest positive magnitude kept, so that weights near the threshold flip first.
+    """phi * |w| / t, t the smallest positive one of as many magnitudes as are kept, so that those near t flip first.
 
-    The mask is the OMP mask of the weight. Scores of at least phi are exactly the kept ones, whatever is
-    rounded or tied: a kept score is never below phi, a pruned one never reaches it.
+    The mask is the OMP mask of the weight, or another one whose order the magnitudes give. Scores of at least phi are
+    exactly the kept ones, whatever is rounded or tied: a kept score is never below phi, a pruned one never reaches it.
 
     Args:
         weight: [rows, columns].
@@ -35,7 +37,8 @@ def ranked(weight: Tensor, mask: Tensor, phi: float = 0.01) -> Tensor:
         fp32 of the weight's shape and device, finite.
     """
     magnitudes = weight.detach().to(torch.float32).abs()
-    smallest = torch.where(mask & (magnitudes > 0), magnitudes, torch.inf).amin()
+    largest = top_k_mask(magnitudes, int(mask.sum()))
+    smallest = torch.where(largest & (magnitudes > 0), magnitudes, torch.inf).amin()
     # In this order w == t gives phi itself; where nothing is kept, t is infinite and every score 0.
     scores = magnitudes / smallest * phi
     border = torch.tensor(phi, dtype=torch.float32, device=weight.device)

@@ -47,6 +47,15 @@ class Family:
     roles: Mapping[str, str]
     """Role -> name of the weight inside the backbone, with ``{layer}`` where it repeats."""
 
+    @property
+    def layers(self) -> str:
+        """Path of the list of layers inside the backbone."""
+        return self.roles["Q"].partition(".{layer}")[0]
+
+    def within_layer(self, role: str) -> str:
+        """Path inside its layer of the module whose weight has this role."""
+        return self.roles[role].partition("{layer}.")[2].removesuffix(".weight")
+
     def place(self, name: str) -> Place | None:
         """The place of the parameter called ``name``, None where it is not prunable."""
         for role, pattern in self.roles.items():

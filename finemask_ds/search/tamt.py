@@ -29,6 +29,7 @@ from finemask_ds.search.activations import activation_magnitudes
 from finemask_ds.search.magnitude import largest, omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
+from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
@@ -88,13 +89,18 @@ def initial_scores(theta0: Pretrained, setting: Setting, config: TamtConfig) -> 
     """The mask and the scores before the first step.
 
     ``binary`` and ``random`` start at alpha * phi where OMP, or chance, keeps a weight (Eq. 5; Section 4.2.4);
-    ``ranked`` and ``activations`` in the order of the magnitudes, as they are or weighed by their inputs, around phi.
+    the others around phi in the order of the magnitudes, as they are (``ranked``) or weighed by their inputs
+    (``activations``), or of what a matrix would miss each weight by (``reconstruction``).
     """
     if config.init in ("binary", "random"):
         start = omp_mask(theta0, config) if config.init == "binary" else random_mask(theta0, config)
         return start, {name: binary(keep, config.alpha, config.phi) for name, keep in start.items()}
-    weighed = config.init == "activations"
-    sizes = activation_magnitudes(theta0, setting) if weighed else magnitudes(theta0.targets)
+    if config.init == "ranked":
+        sizes = magnitudes(theta0.targets)
+    elif config.init == "activations":
+        sizes = activation_magnitudes(theta0, setting)
+    else:
+        sizes = reconstruction_sizes(theta0, setting)
     start = largest(sizes, config)
     return start, {name: ranked(sizes[name], start[name], config.phi) for name in start}
 

@@ -60,7 +60,7 @@ def test_ranks_start_from_the_mask_of_one_process(
 def test_a_preset_gives_what_is_not_typed() -> None:
     paper, fast = TamtConfig(), TamtConfig(preset="fast", steps=50)
     assert (paper.init, paper.peak_mask_lr, paper.num_steps) == ("binary", 5e-5, 17_000)
-    assert (fast.init, fast.num_steps, fast.num_schedule_steps) == ("activations", 50, 50)
+    assert (fast.init, fast.num_steps, fast.num_schedule_steps) == ("reconstruction", 50, 50)
     assert fast.peak_mask_lr > paper.peak_mask_lr
     assert paper.identity()["init"] == TamtConfig.defaults()["init"]
     assert TamtConfig(preset="fast", init="ranked").init == "ranked"
