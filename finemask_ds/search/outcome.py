@@ -25,7 +25,7 @@ class Outcome:
     steps: int
     """Optimizer steps spent."""
     seconds: float
-    """Wall time of the search over all restarts, loading and final scoring apart."""
+    """Wall time of the search over all restarts, its start included, text, engine and final scoring apart."""
     head: Mapping[str, Tensor] | None = None
     """The MLM head as trained along, on the CPU, where the method trains it."""
     start: Mask | None = None

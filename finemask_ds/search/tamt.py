@@ -31,7 +31,7 @@ from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
 from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.selection import ScoreMasks
-from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
+from finemask_ds.search.setting import Setting, Stopwatch, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
 
 
@@ -39,14 +39,17 @@ def find_mask(setting: Setting) -> Outcome:
     """TAMT: freeze the weights, learn the scores, keep the exact selection."""
     config = setting.config
     assert isinstance(config, TamtConfig)
+    stopwatch = Stopwatch()
     theta0, start, groups = freeze(setting, config)
+    start_sec = stopwatch.seconds
     objective = Objective(theta0.model, config.objective)
     engine = setting.engine(objective, groups)
 
     masks = ScoreMasks(engine, theta0.model, config.sparsity, config.scope, config.threshold_every)
     masks.thresholds = dict.fromkeys(start, config.phi)
     with setting.recorder(config.num_steps) as recorder:
-        trainer = Trainer(setting, engine, objective, recorder, theta0)
+        recorder.record_last("speed/start_sec", start_sec)
+        trainer = Trainer(setting, engine, objective, recorder, theta0, stopwatch=stopwatch)
         state = trainer.resume()
         if state["step"]:
             masks.thresholds = state["thresholds"]
@@ -54,7 +57,7 @@ def find_mask(setting: Setting) -> Outcome:
 
         def keep(step: int) -> None:
             mask = Mask(read_mask(theta0.model))
-            keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, trainer.stopwatch.seconds)
+            keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, stopwatch.seconds)
 
         watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
         trainer.run(
@@ -67,7 +70,7 @@ def find_mask(setting: Setting) -> Outcome:
     return Outcome(
         Mask(read_mask(theta0.model)),
         config.num_steps,
-        trainer.stopwatch.seconds,
+        stopwatch.seconds,
         trained_head(engine),
         start,
     )
