@@ -16,7 +16,7 @@ from torch import Tensor
 from finemask_ds.masks.initialise import ranked
 
 LEAST_FALL = 1e-5
-"""A round of swaps by which the error falls less, as a share of what the matrix gives, is the last of its size."""
+"""A round by which the error falls less, as a share of all weights' own errors, is the last of its size."""
 
 
 @dataclass
@@ -55,12 +55,14 @@ class Reconstruction:
     def swap(self, least_fall: float = LEAST_FALL) -> None:
         """Swap kept weights against others until the error falls no more; as many are kept as before.
 
-        A round takes back the best weight of the half of the rows that want theirs most and drops the least missed
-        weight of as many rows, the same ones or others, so that rows which miss more come to keep more.
+        A round takes back the best weight of the rows that want theirs most, at first of half of them, and drops the
+        least missed weight of as many rows, the same ones or others: rows which miss more come to keep more.
         """
-        num_rows, worth = -(-len(self.weight) // 2), least_fall * float(self.error().abs())
-        while self._round(num_rows) > worth:
-            pass
+        num_rows, worth = -(-len(self.weight) // 2), least_fall * float(self._own.sum())
+        while num_rows:
+            while self._round(num_rows) > worth:
+                pass
+            num_rows //= 2
 
     def _round(self, num_rows: int) -> float:
         """Flip one weight back and one away in so many rows each; undone where the error does not fall. Its fall."""

@@ -1,4 +1,4 @@
-"""Magnitudes weighed by their inputs: against norms taken by hand, the same on all ranks, and no trace left."""
+"""Magnitudes weighed by their inputs: against norms taken by hand, no trace left; starts are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.select import select
 from finemask_ds.run import Run
 from finemask_ds.search.activations import NUM_TOKENS, activation_magnitudes
+from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.setting import open_setting
 from tests.pool import RankPool
 from tests.search import jobs
+
+SIZES = {"activations": activation_magnitudes, "reconstruction": reconstruction_sizes}
 
 
 def test_they_are_magnitudes_times_the_norms_of_the_inputs(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
@@ -42,16 +45,17 @@ def test_they_are_magnitudes_times_the_norms_of_the_inputs(toy_bert: Path, toy_t
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("init", SIZES)
 @pytest.mark.slow
 def test_ranks_start_from_the_mask_of_one_process(
-    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, stage: int
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path, init: str, stage: int
 ) -> None:
-    plain = jobs.tamt(tmp_path / "plain", toy_bert, toy_text, init="activations", steps=3)
-    shared = jobs.tamt(tmp_path / "ranks", toy_bert, toy_text, stage, init="activations", steps=3)
+    plain = jobs.tamt(tmp_path / "plain", toy_bert, toy_text, init=init, steps=3)
+    shared = jobs.tamt(tmp_path / "ranks", toy_bert, toy_text, stage, init=init, steps=3)
     jobs.find(plain)
     jobs.find(shared, two_ranks)
     setting = open_setting(plain, this_process(), model=plain.model, data=plain.data)
-    expected = select(activation_magnitudes(setting.theta0(), setting), plain.sparsity)
+    expected = select(SIZES[init](setting.theta0(), setting), plain.sparsity)
     for config in (plain, shared):
         start = load_mask(Run(Path(config.run)).start_mask)
         assert all(torch.equal(start[name], chosen.mask) for name, chosen in expected.items())
