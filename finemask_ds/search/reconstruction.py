@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,14 @@ READ_TOGETHER = (("Q", "K", "V"), ("AO",), ("FI",), ("FO",))
 ADDED = {"AO": "Q", "FO": "FI"}
 """Role -> role whose input its output is added to."""
 
-Pair = tuple[Tensor, Tensor]
-"""Of theta_0 and of the pruned model, on the same tokens."""
+T = TypeVar("T")
+
+
+class Pair(NamedTuple, Generic[T]):
+    """One of theta_0 and one of the pruned model."""
+
+    dense: T
+    pruned: T
 
 
 def reconstruction_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tensor]:
@@ -90,55 +96,60 @@ def reconstruct(
         if layer is None:
             weights[name].mul_(start[name].to(device))
 
+    first = [f"{family.layers}.0"]
     parts = blocks.to(device).split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
-    pairs: list[Pair] = [
-        (read(dense, part, [f"{family.layers}.0"])[0], read(pruned, part, [f"{family.layers}.0"])[0]) for part in parts
-    ]
-    layers: Any = [list(model.get_submodule(family.layers)) for model in (dense, pruned)]  # type: ignore[call-overload]
+    hidden = [Pair(read(dense, part, first)[0], read(pruned, part, first)[0]) for part in parts]
+    lists = (cast(nn.ModuleList, model.get_submodule(family.layers)) for model in (dense, pruned))
+    stack = [Pair(*layers) for layers in zip(*lists, strict=True)]
     sizes: dict[str, Tensor] = {}
     started = time.monotonic()
-    for number, both in enumerate(zip(*layers, strict=True)):
+    for number, layers in enumerate(stack):
         for roles in READ_TOGETHER:
             read_by = [family.within_layer(role) for role in (ADDED.get(roles[0]), roles[0]) if role]
-            gram, between, lost = sums(both, pairs, read_by)
+            gram, between, lost = sums(layers, hidden, read_by)
             damping = DAMPING * gram.diag().mean()
             gram.diagonal().add_(damping)
             between.diagonal().add_(damping)
             for role in roles:
                 name = names[Place(role, number)]
                 weight = weights[name]
-                cross = weight @ between if lost is None else weight @ between + lost
-                search = Reconstruction(weight, gram, cross, start[name].to(device))
+                search = Reconstruction(weight, gram, weight @ between + lost, start[name].to(device))
                 search.swap()
                 sizes[name] = search.sizes().cpu()
-                weights[name].mul_(search.mask)
-        pairs = [(output(both[0], d), output(both[1], s)) for d, s in pairs]
-        distance = sum(float((1 - F.cosine_similarity(d, s, dim=-1)).sum()) for d, s in pairs) / blocks.numel()
-        left = (time.monotonic() - started) / (number + 1) * (len(layers[0]) - number - 1)
-        tell(f"layer {number + 1}/{len(layers[0])}: 1 - cos {distance:.4f}  eta {duration(left)}")
+                weight.mul_(search.mask)
+        hidden = [Pair(output(layers.dense, one.dense), output(layers.pruned, one.pruned)) for one in hidden]
+        tell(_progress(number + 1, len(stack), hidden, started))
     return sizes
 
 
-def sums(
-    layers: tuple[nn.Module, nn.Module], pairs: Sequence[Pair], modules: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums over tokens of products of what the last of ``modules`` reads in the dense layer, x, and the pruned one, x'.
+def _progress(done: int, num_layers: int, hidden: Sequence[Pair[Tensor]], started: float) -> str:
+    """How far the outputs of the last layer done are from theta_0's (Eq. 6 of this layer), and the time left."""
+    distances = torch.cat([(1 - F.cosine_similarity(*one, dim=-1)).flatten() for one in hidden])
+    left = (time.monotonic() - started) / done * (num_layers - done)
+    return f"layer {done}/{num_layers}: 1 - cos {float(distances.mean()):.4f}  eta {duration(left)}"
+
+
+def sums(layers: Pair[nn.Module], hidden: Sequence[Pair[Tensor]], modules: Sequence[str]) -> tuple[Tensor, ...]:
+    """Sums over tokens of products of what the last of ``modules`` reads, x in the dense layer, x' in the pruned one.
 
     Returns:
-        x' x'^T and x x'^T, fp32 [columns, columns]; and r x'^T [rows, columns], r what the residual stream that the
-        module's output is added to, which the first of two modules reads, has lost; None where there is one module.
+        x' x'^T and x x'^T, fp32 [columns, columns]; and r x'^T [rows, columns], r what the stream that the module's
+        output is added to has lost, which the first of two modules reads; 0 where there is one module.
     """
-    gram: Any = 0.0
-    between: Any = 0.0
-    lost: Any = 0.0
-    for d, s in pairs:
-        *stream, x = (found.flatten(0, -2) for found in read(layers[0], d, modules))
-        *stream_pruned, x_pruned = (found.flatten(0, -2) for found in read(layers[1], s, modules))
-        gram += x_pruned.T @ x_pruned
-        between += x.T @ x_pruned
+    gram, between, lost = (torch.zeros((), device=hidden[0].dense.device) for _ in range(3))
+    for one in hidden:
+        *stream, x = _tokens(read(layers.dense, one.dense, modules))
+        *pruned_stream, pruned_x = _tokens(read(layers.pruned, one.pruned, modules))
+        gram = gram + pruned_x.T @ pruned_x
+        between = between + x.T @ pruned_x
         if stream:
-            lost += (stream[0] - stream_pruned[0]).T @ x_pruned
-    return gram, between, lost if len(modules) > 1 else None
+            lost = lost + (stream[0] - pruned_stream[0]).T @ pruned_x
+    return gram, between, lost
+
+
+def _tokens(read: Sequence[Tensor]) -> list[Tensor]:
+    """[blocks, tokens, columns] -> [blocks * tokens, columns]."""
+    return [one.flatten(0, -2) for one in read]
 
 
 class _AllRead(Exception):  # noqa: N818

@@ -16,7 +16,7 @@ from finemask_ds.models.load import Pretrained, load_pretrained
 from finemask_ds.search.activations import activation_magnitudes
 from finemask_ds.search.magnitude import largest
 from finemask_ds.search.objectives import kd_sum
-from finemask_ds.search.reconstruction import read, reconstruct, reconstruction_sizes, sums
+from finemask_ds.search.reconstruction import Pair, read, reconstruct, reconstruction_sizes, sums
 from finemask_ds.search.setting import Setting, open_setting
 from tests.search import jobs
 
@@ -101,8 +101,8 @@ def test_sums_are_products_of_what_the_matrices_read(toy_bert: Path) -> None:
     for parameter in pruned.parameters():
         parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
     draw = torch.Generator().manual_seed(1)
-    pairs = [(torch.randn(3, 7, 32, generator=draw), torch.randn(3, 7, 32, generator=draw)) for _ in range(2)]
-    layers = (dense.encoder.layer[0], pruned.encoder.layer[0])
+    pairs = [Pair(torch.randn(3, 7, 32, generator=draw), torch.randn(3, 7, 32, generator=draw)) for _ in range(2)]
+    layers = Pair(dense.encoder.layer[0], pruned.encoder.layer[0])
     gram, between, lost = sums(layers, pairs, ["intermediate.dense", "output.dense"])
     streams, inputs = [], []
     for layer, hidden in zip(layers, zip(*pairs, strict=True), strict=True):
@@ -119,7 +119,6 @@ def test_sums_are_products_of_what_the_matrices_read(toy_bert: Path) -> None:
         inputs.append(torch.cat(found["output"]).flatten(0, 1).double())
     torch.testing.assert_close(gram.double(), inputs[1].T @ inputs[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(between.double(), inputs[0].T @ inputs[1], rtol=1e-4, atol=1e-4)
-    assert lost is not None
     torch.testing.assert_close(lost.double(), (streams[0] - streams[1]).T @ inputs[1], rtol=1e-4, atol=1e-4)
 
 
