@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from finemask_ds.masks.files import load_mask
+from finemask_ds.masks.mask import Mask
 from finemask_ds.run import Run
+from finemask_ds.search.reconstruction import reconstruct
 from tests.engine import jobs as engine_jobs
 from tests.engine.test_checkpoints import contents
 from tests.finetune.test_cell import cell
@@ -20,6 +22,7 @@ from tests.search import jobs
 from tests.search.test_armour import DTYPES, assert_held, dtypes, logged, sixteen_bit
 from tests.search.test_fast import assert_equal_bits
 from tests.search.test_fast import config as fast_config
+from tests.search.test_reconstruction import dev_blocks, opened
 from tests.search.test_selection import selected
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +116,20 @@ def test_a_search_by_the_kernels_is_that_of_the_plain_path(
     gpu_rank.run(jobs.found, configs[0])
     gpu_rank.run(jobs.found_plainly, configs[1])
     assert_equal_bits(*configs)
+
+
+def test_a_mask_by_reconstruction_is_about_the_one_that_a_cpu_finds(
+    toy_bert: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an accelerator, and torch sees none on this machine")
+    setting = opened(jobs.tamt(tmp_path / "run", toy_bert, toy_text))
+    theta0, blocks = setting.theta0(), dev_blocks(setting)
+    start = Mask.random(theta0.shapes, 0.7, seed=1)
+    here, there = (reconstruct(theta0, blocks, start, torch.device(device)) for device in ("cpu", "cuda"))
+    masks = [Mask({name: size >= 1 for name, size in sizes.items()}) for sizes in (here, there)]
+    assert masks[0].jaccard(masks[1]) > 0.8
+    assert all(size.device.type == "cpu" for size in there.values())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
