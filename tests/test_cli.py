@@ -92,6 +92,10 @@ def test_a_damaged_file_is_one_sentence_and_exit_code_2(paths):
         (["mask"], "required: COMMAND"),
         (["msk"], "choose from 'mask'"),
         (["mask", "compare", "FILE"], "required: FILE"),
+        (
+            ["recipe", "quickstart", "--tasks", "sentimnt"],
+            "'sentimnt' is not built in; type some of acceptability, sent",
+        ),
     ],
 )
 def test_mistyped_commands_name_what_could_be_typed(arguments, sentence, capsys):

@@ -212,9 +212,10 @@ def _ranks_of(run: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_the_main_job_ranks_the_methods_and_a_second_run_reuses_it(tmp_path: Path) -> None:
-    """`make demo` with one fine-tuning seed: TAMT-KD < OMP < random in KD loss, TAMT-MLM < OMP < random in MLM loss."""
+    """`make demo`, one seed, two tasks: TAMT-KD < OMP < random in KD loss, TAMT-MLM < OMP < random in MLM loss."""
     root = tmp_path / "demo"
     command = [sys.executable, "-m", "finemask_ds", "recipe", "quickstart", "--root", str(root), "--seeds", "1"]
+    command += ["--tasks", "acceptability", "questions"]
     first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1500, check=False)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     results = json.loads((root / "results.json").read_text())

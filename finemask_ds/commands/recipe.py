@@ -21,6 +21,7 @@ def add_recipe(commands: Commands) -> None:
     quickstart = recipe.add_parser("quickstart", help="every method on the built-in language: losses, scores, a page")
     quickstart.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of its runs")
     quickstart.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of fine-tuning; default 1 2")
+    quickstart.add_argument("--tasks", nargs="+", default=[], help="built-in tasks to fine-tune on; default all")
     quickstart.set_defaults(handler=_quickstart)
     tamt = recipe.add_parser(
         "tamt", help="TAMT's main result: methods x sparsities x tasks, 3 masks x 3 fine-tunings",
@@ -33,7 +34,7 @@ def add_recipe(commands: Commands) -> None:
 def _quickstart(arguments: argparse.Namespace) -> None:
     from finemask_ds.recipes.quickstart import main_job
 
-    print(main_job(arguments.root, arguments.seeds))
+    print(main_job(arguments.root, arguments.seeds, arguments.tasks))
 
 
 def _tamt(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from finemask_ds.data.tasks import BUILTIN_TASKS
+from finemask_ds.errors import UserError
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages, table
 
 SHARED = (
@@ -31,16 +33,24 @@ STAGES = (
 )
 
 
-def downstream(root: Path, seeds: Sequence[int]) -> Stage:
-    """The sweep over all masks that were found, with these fine-tuning seeds."""
+def downstream(root: Path, seeds: Sequence[int], tasks: Sequence[str] = ()) -> Stage:
+    """The sweep over all masks that were found, with these fine-tuning seeds, on these built-in tasks or on all."""
     masks = [str(stage.run(root).folder) for stage in STAGES if stage.searches]
     options = ("--model", "builtin", "--masks", *masks, "--seeds", *map(str, seeds))
+    options += ("--tasks", *tasks) if tasks else ()
     return Stage("downstream", "dispatch.py", options, ranks=0)
 
 
-def main_job(root: Path, seeds: Sequence[int]) -> str:
-    """Run what is not done yet under ``root``: the table of losses, of scores, and the line that opens TensorBoard."""
+def main_job(root: Path, seeds: Sequence[int], tasks: Sequence[str] = ()) -> str:
+    """Run what is not done yet under ``root``: the table of losses, of scores, and the line that opens TensorBoard.
+
+    Raises:
+        UserError: before anything is run, for an unknown task.
+    """
+    for task in tasks:
+        if task not in BUILTIN_TASKS:
+            raise UserError(f"--tasks {task!r} is not built in; type some of {', '.join(BUILTIN_TASKS)}")
     losses = table(run_stages(STAGES, root, SHARED))
     print(f"\n{losses}\n", flush=True)
-    run_stage(downstream(root, seeds), root)
+    run_stage(downstream(root, seeds, tasks), root)
     return f"watch the searches with: tensorboard --logdir {root}"
