@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Oneshot magnitude pruning and random masks: python launcher/magnitude.py --kind omp (--help shows every knob)."""
+"""Masks without training: python launcher/magnitude.py --kind omp, random or reconstruction (--help: every knob)."""
 
 from finemask_ds.config import MagnitudeConfig
 from finemask_ds.downstream import search_then_sweep

@@ -235,14 +235,15 @@ class ImpConfig(SearchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeConfig(SearchConfig):
-    """Oneshot magnitude pruning and the random baseline (TAMT Section 3.2)."""
+    """Masks without training: oneshot magnitude pruning, the random baseline (TAMT Section 3.2), reconstruction."""
 
-    kind: str = knob("omp", "'omp' keeps the largest magnitudes, 'random' keeps weights at random", source="TAMT 3.2",
-                     choices=("omp", "random"))  # fmt: skip
+    kind: str = knob("omp", "'omp' keeps the largest magnitudes, 'random' keeps weights at random, 'reconstruction' "
+                     "those that keep what every matrix computes on the text", source="TAMT 3.2; results/README.md",
+                     choices=("omp", "random", "reconstruction"))  # fmt: skip
 
     @property
     def method(self) -> str:
-        """``omp`` or ``random``."""
+        """``omp``, ``random`` or ``reconstruction``."""
         return self.kind
 
 

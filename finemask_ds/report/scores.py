@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from finemask_ds.data.tasks import PAPER_TASKS, TASKS
 from finemask_ds.report.collect import CellResult
 
-METHODS = ("full", "tamt-mlm+kd", "tamt-mlm", "tamt-kd", "imp", "omp", "random")
+METHODS = ("full", "tamt-mlm+kd", "tamt-mlm", "tamt-kd", "imp", "reconstruction", "omp", "random")
 """The order of the rows; others follow by name."""
 
 _TASK_ORDER = (*PAPER_TASKS, *(name for name in TASKS if name not in PAPER_TASKS))

@@ -22,7 +22,7 @@ from finemask_ds.masks.swap import Reconstruction
 from finemask_ds.models.families import Place
 from finemask_ds.models.load import Pretrained
 from finemask_ds.search.activations import activation_magnitudes
-from finemask_ds.search.magnitude import largest
+from finemask_ds.search.selection import largest
 from finemask_ds.search.setting import Setting
 from finemask_ds.units import duration
 

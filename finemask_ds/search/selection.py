@@ -1,4 +1,4 @@
-"""From an engine's trained values to masks: where a search selects, by learnt scores or by magnitudes."""
+"""From scores to masks: where a search selects, by what an engine trains, learnt scores or weights, or what it has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from finemask_ds.config import SearchConfig
 from finemask_ds.engine.base import Engine, Piece
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.world import World
 from finemask_ds.masks.binarize import has_kernels, threshold
+from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.select import Selection, select
 from finemask_ds.masks.sharded import Shards, pack, select_sharded, unpack
 from finemask_ds.models.masked import MaskedLinear, scores_name
@@ -23,6 +25,12 @@ from finemask_ds.search.watch import MaskWatch, sample
 
 if TYPE_CHECKING:
     from finemask_ds.masks.device import DeviceSelection
+
+
+def largest(scores: Mapping[str, Tensor], config: SearchConfig) -> Mask:
+    """The n - round(S n) largest scores of each matrix (or of all together)."""
+    chosen = select(scores, config.sparsity, config.scope)
+    return Mask({name: selection.mask for name, selection in chosen.items()})
 
 
 def select_trained(

@@ -26,11 +26,11 @@ from finemask_ds.models.load import Pretrained
 from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.activations import activation_magnitudes
-from finemask_ds.search.magnitude import largest, omp_mask, random_mask
+from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
 from finemask_ds.search.reconstruction import reconstruction_sizes
-from finemask_ds.search.selection import ScoreMasks
+from finemask_ds.search.selection import ScoreMasks, largest
 from finemask_ds.search.setting import Setting, Stopwatch, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from finemask_ds.config import TamtConfig
+from finemask_ds.config import MagnitudeConfig, TamtConfig
 from finemask_ds.engine.world import this_process
+from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained, load_pretrained
 from finemask_ds.search.activations import activation_magnitudes
-from finemask_ds.search.magnitude import largest
 from finemask_ds.search.objectives import kd_sum
 from finemask_ds.search.reconstruction import Pair, read, reconstruct, reconstruction_sizes, sums
+from finemask_ds.search.selection import largest
 from finemask_ds.search.setting import Setting, open_setting
+from finemask_ds.session import search
 from tests.search import jobs
 
 CPU = torch.device("cpu")
@@ -62,6 +64,22 @@ def test_it_starts_nearer_to_theta0_than_magnitudes_do(model: Path, toy_text: Pa
     assert all(torch.equal(weight, weights[name]) for name, weight in theta0.targets.items())
     losses = [kd_loss(theta0, mask, dev_blocks(setting)) for mask in (found, by_norms)]
     assert losses[0] < 0.9 * losses[1]
+
+
+def test_as_a_mask_of_its_own_it_is_found_without_a_step(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    kinds = {}
+    for kind in ("omp", "reconstruction"):
+        config = MagnitudeConfig(
+            model=str(toy_bert), data=str(toy_text), run=str(tmp_path / kind), seq_len=16, kind=kind
+        )
+        kinds[kind] = search(config)
+    setting = opened(jobs.tamt(tmp_path / "run", toy_bert, toy_text))
+    theta0 = setting.theta0()
+    assert load_mask(tmp_path / "reconstruction/mask.safetensors") == largest(
+        reconstruction_sizes(theta0, setting), setting.search
+    )
+    assert kinds["reconstruction"]["steps"] == 0
+    assert kinds["reconstruction"]["dev"]["kd_loss"] < kinds["omp"]["dev"]["kd_loss"]
 
 
 def test_globally_as_many_are_kept_in_all(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
