@@ -34,7 +34,7 @@ class Reconstruction:
     cross: Tensor
     """fp32 [rows, columns]: sum over tokens of y x^T, y what the matrix is to give, its bias apart."""
     mask: Tensor
-    """bool [rows, columns], changed in place by ``swap``."""
+    """bool [rows, columns]; a copy of what is given, which ``swap`` changes."""
 
     def __post_init__(self) -> None:
         self.mask = self.mask.clone()
