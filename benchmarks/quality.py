@@ -18,7 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,17 +222,20 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = sorted({group for group, _, _ in found})
+    curves = Counter(group for group, _, _ in found)
+    groups = sorted(group for group, number in curves.items() if number > 1)  # One curve compares nothing.
     figure, axes = pyplot.subplots(len(groups), 2, figsize=(10, 3.4 * len(groups)), squeeze=False)
     settings = sorted({setting for _, setting, _ in found})
     for row, group in zip(axes, groups, strict=True):
+        labelled: set[str] = set()
         for (of, setting, steps), kept in sorted(found.items()):
             if of != group:
                 continue
             color = f"C{settings.index(setting)}"
             for one in kept:
                 x, y = zip(*one["curve"], strict=True)
-                label = setting if steps == LONG and one is kept[0] else None  # Shorter ones have the same color.
+                label = None if setting in labelled else setting
+                labelled.add(setting)
                 style = {"color": color, "label": label, "linewidth": 1, "marker": "o" if steps < LONG else None}
                 row[0].plot(x, y, **style)
                 row[1].plot([_seconds(one, step) for step in x], y, **style)
@@ -242,6 +245,7 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
             axis.grid(alpha=0.3, which="both")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
         row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
