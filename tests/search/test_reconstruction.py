@@ -39,14 +39,18 @@ def dev_blocks(setting: Setting) -> Tensor:
 
 
 @torch.no_grad()
-def kd_loss(theta0: Pretrained, mask: Mask, blocks: Tensor) -> float:
-    """Eq. 6 with the weights multiplied by hand."""
+def layer_outputs(theta0: Pretrained, mask: Mask, blocks: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of the dense model and of the one whose weights are multiplied by hand."""
     dense = theta0.model.eval()
     pruned = copy.deepcopy(dense)
     for name, keep in mask.items():
         pruned.get_parameter(name).mul_(keep)
-    teacher, student = (one(blocks, output_hidden_states=True).hidden_states[1:] for one in (dense, pruned))
-    return float(kd_sum(teacher, student)) / blocks.numel()
+    return [one(blocks, output_hidden_states=True).hidden_states[1:] for one in (dense, pruned)]
+
+
+def kd_loss(theta0: Pretrained, mask: Mask, blocks: Tensor) -> float:
+    """Eq. 6."""
+    return float(kd_sum(*layer_outputs(theta0, mask, blocks))) / blocks.numel()
 
 
 def test_it_starts_nearer_to_theta0_than_magnitudes_do(model: Path, toy_text: Path, tmp_path: Path) -> None:
@@ -101,11 +105,7 @@ def test_the_last_layer_is_told_with_its_distance(toy_bert: Path, toy_text: Path
     start = Mask.random(theta0.shapes, 0.7, seed=1)
     sizes = reconstruct(theta0, blocks, start, CPU, lines.append)
     masks = Mask({**start, **{name: size >= 1 for name, size in sizes.items()}})
-    pruned = copy.deepcopy(theta0.model).eval()
-    with torch.no_grad():
-        for name, keep in masks.items():
-            pruned.get_parameter(name).mul_(keep)
-        last = [one(blocks, output_hidden_states=True).hidden_states[-1] for one in (theta0.model.eval(), pruned)]
+    last = [outputs[-1] for outputs in layer_outputs(theta0, masks, blocks)]
     distance = float(1 - torch.cosine_similarity(*last, dim=-1).mean())
     assert lines[-1].startswith(f"layer 2/2: 1 - cos {distance:.4f}")
     assert len(lines) == 2
