@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.masks.initialise import ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.swap import Reconstruction
-from finemask_ds.models.families import Place
+from finemask_ds.models.families import LAYER_ROLES, Place
 from finemask_ds.models.load import Pretrained
 from finemask_ds.search.activations import activation_magnitudes
 from finemask_ds.search.selection import largest
@@ -28,13 +31,10 @@ from finemask_ds.units import duration
 
 NUM_TOKENS = 32_768
 """Of the training text, evenly spread blocks, on which outputs are compared."""
-TOKENS_AT_ONCE = 4_096
 DAMPING = 0.01
 """Share of gram's mean diagonal that is added to it: what no token of the sample tells apart goes by magnitude."""
-READ_TOGETHER = (("Q", "K", "V"), ("AO",), ("FI",), ("FO",))
-"""Roles in the order of the computation; those that read the same are searched at once."""
 ADDED = {"AO": "Q", "FO": "FI"}
-"""Role -> role whose input its output is added to."""
+"""Role -> role whose input, the residual stream, its output is added to."""
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def reconstruct(
 
     Args:
         theta0: the dense model, which is left as it is.
-        blocks: int64 [blocks, tokens] without padding.
+        blocks: int64 [blocks, tokens] without padding; all of them go through a layer at once.
         start: bool masks of all matrices to prune; each keeps as many weights as here.
         device: where to compute.
         tell: is given a line after each layer.
@@ -87,96 +87,83 @@ def reconstruct(
     Returns:
         Name of each matrix inside a layer -> its ``Reconstruction.sizes``, on the CPU.
     """
-    family = theta0.family
-    dense = copy.deepcopy(theta0.model.get_submodule(family.backbone)).to(device).eval()
+    keep_freed_memory(device)
+    family, names = theta0.family, {place: name for name, place in theta0.places.items()}
+    dense = copy.deepcopy(theta0.model).to(device).eval()
     pruned = copy.deepcopy(dense)
-    names = {place: name for name, place in theta0.places.items()}
-    weights = {name: pruned.get_parameter(name.removeprefix(f"{family.backbone}.")) for name in theta0.places}
-    for name, (_, layer) in theta0.places.items():
-        if layer is None:
-            weights[name].mul_(start[name].to(device))
+    for place, name in names.items():
+        if place.layer is None:
+            pruned.get_parameter(name).mul_(start[name].to(device))
 
-    first = [f"{family.layers}.0"]
-    parts = blocks.to(device).split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
-    hidden = [Pair(read(dense, part, first)[0], read(pruned, part, first)[0]) for part in parts]
-    lists = (cast(nn.ModuleList, model.get_submodule(family.layers)) for model in (dense, pruned))
+    models = Pair(dense, pruned)
+    embeddings = family.embedding.rpartition(".")[0]
+    hidden = Pair(*(model.get_submodule(embeddings)(blocks.to(device)) for model in models))
+    lists = (cast(nn.ModuleList, model.get_submodule(f"{family.backbone}.{family.layers}")) for model in models)
     stack = [Pair(*layers) for layers in zip(*lists, strict=True)]
+    paths = {role: family.within_layer(role) for role in LAYER_ROLES}
     sizes: dict[str, Tensor] = {}
     started = time.monotonic()
     for number, layers in enumerate(stack):
-        for roles in READ_TOGETHER:
-            read_by = [family.within_layer(role) for role in (ADDED.get(roles[0]), roles[0]) if role]
-            gram, between, lost = sums(layers, hidden, read_by)
-            damping = DAMPING * gram.diag().mean()
-            gram.diagonal().add_(damping)
-            between.diagonal().add_(damping)
-            for role in roles:
-                name = names[Place(role, number)]
-                weight = weights[name]
-                search = Reconstruction(weight, gram, weight @ between + lost, start[name].to(device))
-                search.swap()
-                sizes[name] = search.sizes().cpu()
-                weight.mul_(search.mask)
-        hidden = [Pair(output(layers.dense, one.dense), output(layers.pruned, one.pruned)) for one in hidden]
+        of_layer = {role: names[Place(role, number)] for role in LAYER_ROLES}
+        hidden, found = prune_layer(
+            layers, paths, hidden, {role: start[name].to(device) for role, name in of_layer.items()}
+        )
+        sizes |= {of_layer[role]: size.cpu() for role, size in found.items()}
         tell(_progress(number + 1, len(stack), hidden, started))
     return sizes
 
 
-def _progress(done: int, num_layers: int, hidden: Sequence[Pair[Tensor]], started: float) -> str:
+def _progress(done: int, num_layers: int, hidden: Pair[Tensor], started: float) -> str:
     """How far the outputs of the last layer done are from theta_0's (Eq. 6 of this layer), and the time left."""
-    distances = torch.cat([(1 - F.cosine_similarity(*one, dim=-1)).flatten() for one in hidden])
+    distance = 1 - F.cosine_similarity(*hidden, dim=-1).mean()
     left = (time.monotonic() - started) / done * (num_layers - done)
-    return f"layer {done}/{num_layers}: 1 - cos {float(distances.mean()):.4f}  eta {duration(left)}"
+    return f"layer {done}/{num_layers}: 1 - cos {float(distance):.4f}  eta {duration(left)}"
 
 
-def sums(layers: Pair[nn.Module], hidden: Sequence[Pair[Tensor]], modules: Sequence[str]) -> tuple[Tensor, ...]:
-    """Sums over tokens of products of what the last of ``modules`` reads, x in the dense layer, x' in the pruned one.
+def prune_layer(
+    layers: Pair[nn.Module],
+    paths: Mapping[str, str],
+    hidden: Pair[Tensor],
+    start: Mapping[str, Tensor],
+) -> tuple[Pair[Tensor], dict[str, Tensor]]:
+    """Prune a layer's matrices in the course of its forward pass: each one when its inputs come to it.
+
+    Args:
+        layers: the weights of the pruned one are multiplied by the masks found.
+        paths: role -> path of its linear map inside a layer.
+        hidden: what the layers read, fp32 [blocks, tokens, columns].
+        start: role -> bool mask [rows, columns].
 
     Returns:
-        x' x'^T and x x'^T, fp32 [columns, columns]; and r x'^T [rows, columns], r what the stream that the module's
-        output is added to has lost, which the first of two modules reads; 0 where there is one module.
+        What the layers give, as ``hidden``; role -> ``Reconstruction.sizes``.
     """
-    gram, between, lost = (torch.zeros((), device=hidden[0].dense.device) for _ in range(3))
-    for one in hidden:
-        *stream, x = _tokens(read(layers.dense, one.dense, modules))
-        *pruned_stream, pruned_x = _tokens(read(layers.pruned, one.pruned, modules))
-        gram = gram + pruned_x.T @ pruned_x
-        between = between + x.T @ pruned_x
-        if stream:
-            lost = lost + (stream[0] - pruned_stream[0]).T @ pruned_x
-    return gram, between, lost
+    dense_reads: dict[str, Tensor] = {}
+    dense_gives: dict[str, Tensor] = {}
+    reads: dict[str, Tensor] = {}
+    sizes: dict[str, Tensor] = {}
 
+    def observe(role: str, _: nn.Module, arguments: tuple[Any, ...], given: Tensor) -> None:
+        dense_reads[role], dense_gives[role] = arguments[0].flatten(0, -2), given.flatten(0, -2)
 
-def _tokens(read: Sequence[Tensor]) -> list[Tensor]:
-    """[blocks, tokens, columns] -> [blocks * tokens, columns]."""
-    return [one.flatten(0, -2) for one in read]
+    def prune(role: str, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+        reads[role] = x = arguments[0].flatten(0, -2)
+        wanted = dense_gives.pop(role) - module.bias
+        if role in ADDED:
+            wanted += dense_reads[ADDED[role]] - reads[ADDED[role]]
+        gram, cross = x.T @ x, wanted.T @ x
+        damping = DAMPING * gram.diag().mean()
+        gram.diagonal().add_(damping)
+        search = Reconstruction(module.weight, gram, cross.add_(module.weight, alpha=float(damping)), start[role])
+        search.swap()
+        sizes[role] = search.sizes()
+        module.weight.mul_(search.mask)
 
-
-class _AllRead(Exception):  # noqa: N818
-    """Ends a forward pass of which nothing more is wanted."""
-
-
-def read(model: nn.Module, inputs: Tensor, modules: Sequence[str]) -> list[Tensor]:
-    """What these modules inside ``model`` read where it reads ``inputs``; it computes no further than that."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen[name] = arguments[0]
-            if len(seen) == len(modules):
-                raise _AllRead
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in modules]
-    try:
-        model(inputs)
-    except _AllRead:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [seen[name] for name in modules]
+    with ExitStack() as hooks:
+        for role, path in paths.items():
+            matrices = Pair(*(layer.get_submodule(path) for layer in layers))
+            hooks.enter_context(matrices.dense.register_forward_hook(partial(observe, role)))
+            hooks.enter_context(matrices.pruned.register_forward_pre_hook(partial(prune, role)))
+        return Pair(*map(output, layers, hidden)), sizes
 
 
 def output(layer: nn.Module, hidden: Tensor) -> Tensor:

@@ -7,16 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finemask_ds.config import MagnitudeConfig, TamtConfig
 from finemask_ds.engine.world import this_process
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.masks.swap import Reconstruction
+from finemask_ds.models.families import LAYER_ROLES
 from finemask_ds.models.load import Pretrained, load_pretrained
 from finemask_ds.search.activations import activation_magnitudes
 from finemask_ds.search.objectives import kd_sum
-from finemask_ds.search.reconstruction import Pair, read, reconstruct, reconstruction_sizes, sums
+from finemask_ds.search.reconstruction import (
+    DAMPING,
+    Pair,
+    output,
+    prune_layer,
+    reconstruct,
+    reconstruction_sizes,
+)
 from finemask_ds.search.selection import largest
 from finemask_ds.search.setting import Setting, open_setting
 from finemask_ds.session import search
@@ -112,43 +121,64 @@ def test_the_last_layer_is_told_with_its_distance(toy_bert: Path, toy_text: Path
 
 
 @torch.no_grad()
-def test_sums_are_products_of_what_the_matrices_read(toy_bert: Path) -> None:
-    """Of the FFN's second matrix, whose output is added to what the first one reads."""
-    dense = load_pretrained(str(toy_bert), dropout=0.0).model.bert.eval()
-    pruned = copy.deepcopy(dense)
-    for parameter in pruned.parameters():
-        parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+def test_a_layer_is_pruned_in_turn_on_what_the_matrices_before_leave(toy_bert: Path) -> None:
+    """Against whole passes, one for each matrix, of which what it reads and gives is looked up."""
+    theta0 = load_pretrained(str(toy_bert), dropout=0.0)
+    dense = theta0.model.bert.encoder.layer[0].eval()
+    layers = Pair(dense, copy.deepcopy(dense))
+    paths = {role: theta0.family.within_layer(role) for role in LAYER_ROLES}
     draw = torch.Generator().manual_seed(1)
-    pairs = [Pair(torch.randn(3, 7, 32, generator=draw), torch.randn(3, 7, 32, generator=draw)) for _ in range(2)]
-    layers = Pair(dense.encoder.layer[0], pruned.encoder.layer[0])
-    gram, between, lost = sums(layers, pairs, ["intermediate.dense", "output.dense"])
-    streams, inputs = [], []
-    for layer, hidden in zip(layers, zip(*pairs, strict=True), strict=True):
-        found: dict[str, list[Tensor]] = {"intermediate": [], "output": []}
-        hooks = [
-            layer.intermediate.register_forward_hook(lambda _, i, o, f=found: f["intermediate"].append(i[0])),
-            layer.output.register_forward_hook(lambda _, i, o, f=found: f["output"].append(i[0])),
-        ]
-        for part in hidden:
-            layer(part)
-        for hook in hooks:
-            hook.remove()
-        streams.append(torch.cat(found["intermediate"]).flatten(0, 1).double())
-        inputs.append(torch.cat(found["output"]).flatten(0, 1).double())
-    torch.testing.assert_close(gram.double(), inputs[1].T @ inputs[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(between.double(), inputs[0].T @ inputs[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(lost.double(), (streams[0] - streams[1]).T @ inputs[1], rtol=1e-4, atol=1e-4)
+    hidden = Pair(torch.randn(6, 7, 32, generator=draw), torch.randn(6, 7, 32, generator=draw))
+    start = {
+        role: torch.rand(dense.get_submodule(path).weight.shape, generator=draw) < 0.3 for role, path in paths.items()
+    }
+
+    by_hand = copy.deepcopy(dense)
+    expected: dict[str, Tensor] = {}
+    for role, path in paths.items():  # which is the order of the computation
+        module = by_hand.get_submodule(path)
+        (x, _), (_, y) = (
+            seen_at(by_hand, module, hidden.pruned),
+            seen_at(dense, dense.get_submodule(path), hidden.dense),
+        )
+        if role == "AO":
+            y = y + flat(hidden.dense) - flat(hidden.pruned)
+        if role == "FO":
+            y = y + seen_at(dense, dense.intermediate, hidden.dense)[0]
+            y = y - seen_at(by_hand, by_hand.intermediate, hidden.pruned)[0]
+        gram, cross = x.T @ x, (y - module.bias).T @ x
+        damping = DAMPING * gram.diag().mean()
+        gram, cross = gram + damping * torch.eye(len(gram)), cross + damping * module.weight
+        search = Reconstruction(module.weight, gram, cross, start[role])
+        search.swap()
+        assert not torch.equal(search.mask, start[role])
+        expected[role] = search.sizes()
+        module.weight.mul_(search.mask)
+
+    before = copy.deepcopy(dense.state_dict())
+    outputs, sizes = prune_layer(layers, paths, hidden, start)
+    assert {role: int((size >= 1).sum()) for role, size in sizes.items()} == {
+        role: int(keep.sum()) for role, keep in start.items()
+    }
+    for role, path in paths.items():
+        matrices = Pair(*(layer.get_submodule(path) for layer in layers))
+        assert torch.equal(matrices.pruned.weight, matrices.dense.weight * (sizes[role] >= 1))
+        assert torch.equal(sizes[role] >= 1, expected[role] >= 1)
+        torch.testing.assert_close(sizes[role], expected[role], rtol=1e-3, atol=1e-3)
+        assert not matrices.dense._forward_hooks
+        assert not matrices.pruned._forward_pre_hooks
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    torch.testing.assert_close(outputs.dense, output(dense, hidden.dense))
+    torch.testing.assert_close(outputs.pruned, output(by_hand, hidden.pruned))
 
 
-@torch.no_grad()
-def test_reading_goes_no_further_than_what_is_read(toy_bert: Path) -> None:
-    backbone = load_pretrained(str(toy_bert), dropout=0.0).model.bert.eval()
-    called = []
-    backbone.encoder.layer[0].register_forward_hook(lambda *_: called.append("layer 0"))
-    backbone.encoder.layer[1].register_forward_hook(lambda *_: called.append("layer 1"))
-    tokens = torch.arange(10)[None]
-    (hidden,) = read(backbone, tokens, ["encoder.layer.1"])
-    assert torch.equal(hidden, backbone(tokens, output_hidden_states=True).hidden_states[1])
-    assert called[0] == "layer 0"
-    assert called.count("layer 1") == 1  # by the whole pass of the line before alone
-    assert not backbone.encoder.layer[1]._forward_pre_hooks
+def flat(hidden: Tensor) -> Tensor:
+    return hidden.flatten(0, 1)
+
+
+def seen_at(layer: nn.Module, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module inside the layer reads and gives, [tokens, columns], where the layer reads ``hidden``."""
+    seen: list[Tensor] = []
+    with module.register_forward_hook(lambda _, arguments, given: seen.extend((arguments[0], given))):
+        layer(hidden)
+    return flat(seen[0]), flat(seen[1])
