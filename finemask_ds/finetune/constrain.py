@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from finemask_ds.engine.base import Engine
 from finemask_ds.engine.checkpoint import MOMENTS
 from finemask_ds.engine.local import LocalEngine
+from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.mask import Mask
 
 
@@ -32,7 +33,7 @@ class FixedMask:
         self._kept = {name: keep.to(engine.world.device) for name, keep in mask.items()}
         with torch.no_grad():
             for name, kept in self._kept.items():
-                self._weights[name].masked_fill_(~kept, 0.0)
+                self._weights[name].copy_(masked(self._weights[name], kept))
         engine.before_clipping.append(self._clear_gradients)
 
     def _clear_gradients(self) -> None:
@@ -40,7 +41,7 @@ class FixedMask:
         for name, kept in self._kept.items():
             gradient = self._weights[name].grad
             if gradient is not None:
-                gradient.mul_(kept)
+                gradient.mul_(kept.view(torch.uint8))  # As numbers: by bool it is several times slower on CPUs.
 
     def sparsity(self) -> float:
         """Share of the masked matrices' weights that are zero now, counted."""

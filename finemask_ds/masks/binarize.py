@@ -10,10 +10,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> integers that hold its bits."""
+
 
 def threshold(scores: Tensor, phi: float) -> Tensor:
     """M = scores >= phi (TAMT Eq. 3), bool of the scores' shape, with phi rounded to the scores' dtype."""
     return scores >= torch.tensor(phi, dtype=scores.dtype)
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """The values where the mask is True and +0.0 elsewhere, even where they are negative or not finite.
+
+    Their bits times 0 or 1: without the -0.0 and NaN of a product of floats, and on CPUs five to ten times as fast as
+    ``torch.where``, which branches at each element.
+
+    Args:
+        values: of any shape and floating dtype.
+        mask: bool of that shape, on the same device.
+    """
+    return (values.view(_BITS[values.element_size()]) * mask.view(torch.uint8)).view(values.dtype)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -68,13 +84,14 @@ class _MaskedWeight(torch.autograd.Function):
         for_weight, for_scores, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(weight if for_scores else None, mask if for_weight else None)
         ctx.scores_dtype = None if scores is None else scores.dtype
-        return torch.where(mask, weight, 0.0) if product is None else product
+        return masked(weight, mask) if product is None else product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, mask = ctx.saved_tensors
-        for_weight = None if mask is None else gradient * mask
+        # As numbers, since torch's products with bool are several times slower on CPUs.
+        for_weight = None if mask is None else gradient * mask.view(torch.uint8)
         for_scores = None if weight is None else _score_gradient(gradient, weight, ctx.scores_dtype)
         return for_weight, for_scores, None, None
 
@@ -97,7 +114,7 @@ class _MaskedRows(torch.autograd.Function):
         ctx.save_for_backward(weight if for_scores else None, mask if for_weight else None, rows)
         ctx.num_rows, ctx.padding_idx = weight.shape[0], padding_idx
         ctx.scores_dtype = None if scores is None else scores.dtype
-        return torch.where(mask[rows], weight[rows], 0.0)
+        return masked(weight[rows], mask[rows])
 
     @staticmethod
     @once_differentiable

@@ -2,7 +2,8 @@
 
 The threshold is found digit by digit. A float's bits, read as an integer, rank as the float does; the ranks add up how
 many scores have each leading digit (11 bits), which tells the digit of the k-th largest, and only the scores with that
-digit are looked at again: three sums over the ranks in all, of 2,048 counts for each threshold that is sought.
+digit are looked at again: three sums over the ranks in all, of 2,048 counts for each threshold that is sought. Where
+the threshold of a step ago is known, only the scores about it are looked at more than once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ from finemask_ds.masks.select import has_nan, num_kept, places
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width in bits of each digit of a 32-bit key, from the highest."""
+_EIGHT_BOOLS = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8) & 1).bool().view(torch.int64).flatten()
+"""int64 [256]: eight bools in the memory of one number, for each byte of as many bits."""
+ABOUT = 1 / 32
+"""Share of an old threshold by which a new one is first sought to either side of it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ def select_sharded(
         return {name: (kept, near[name]) for name, kept in still.items()}
     candidates = [_Candidates(pieces[name], None if within is None else within[name]) for name in names]
     left = torch.tensor(wanted)
+    if near is not None:
+        left = _leave_about([near[name] for name in names], candidates, rows, left, shards)
     prefix = torch.zeros(len(wanted), dtype=torch.int64)
     for shift, width in DIGITS:
         counts = torch.stack([part.count(shift, width) for part in candidates])
@@ -84,8 +92,8 @@ def select_sharded(
     ties = _ties_kept([part.number for part in candidates], rows, left, shards, device=candidates[0].device)
     kept = {}
     for name, row, part, number in zip(names, rows, candidates, ties, strict=True):
-        threshold = _value(int(prefix[row]) - (1 << 31)) if wanted[row] else math.inf
-        kept[name] = part.kept(threshold, number), threshold
+        key = int(prefix[row]) - (1 << 31)
+        kept[name] = part.kept(number), _value(key) if wanted[row] else math.inf
     return kept
 
 
@@ -107,13 +115,45 @@ def _still_kept(
     return kept if shards.sum(totals).tolist() == list(wanted) else None
 
 
+def _leave_about(
+    near: Sequence[float], candidates: Sequence[_Candidates], rows: Sequence[int], left: Tensor, shards: Shards
+) -> Tensor:
+    """Leave in question, in each row where the threshold is among them, the scores about the old one and no others.
+
+    Returns:
+        int64 [rows]: how many of those in question are still to be kept.
+    """
+    about = [
+        part.between(old - ABOUT * abs(old), old + ABOUT * abs(old)) for part, old in zip(candidates, near, strict=True)
+    ]
+    numbers = torch.tensor([[int(some.above.count_nonzero()), some.places.numel()] for some in about])
+    totals = torch.zeros(len(left), 2, dtype=torch.int64).index_add_(0, torch.tensor(rows), numbers)
+    above, inside = shards.sum(totals.to(candidates[0].device)).cpu().unbind(1)
+    found = (above < left) & (left <= above + inside)
+    for row, part, some in zip(rows, candidates, about, strict=True):
+        if found[row]:
+            part.leave(some)
+    return left - above * found
+
+
+class _Between(NamedTuple):
+    """The scores of a piece between two values, and those above."""
+
+    above: Tensor
+    """Bool of the piece."""
+    places: Tensor
+    """int64 [n]: where those between stand, in order."""
+    keys: Tensor
+    """int32 [n]: theirs."""
+
+
 class _Candidates:
-    """A piece's scores in question: all, then those that share the digits found so far."""
+    """A piece's scores in question: all, then those about a value or that share the digits found so far."""
 
     def __init__(self, scores: Tensor, within: Tensor | None):
         self._scores, self._within = scores.detach(), within
-        self._keys: Tensor | None = None
-        """Of the few scores that are left after the first digit."""
+        self._left: _Between | None = None
+        """The few that are left; None: all are in question."""
 
     @property
     def device(self) -> torch.device:
@@ -121,36 +161,48 @@ class _Candidates:
 
     @property
     def number(self) -> int:
-        return self._all().numel() if self._keys is None else self._keys.numel()
+        return self._all().numel() if self._left is None else self._left.keys.numel()
+
+    def between(self, low: float, end: float) -> _Between:
+        """Those from low to below the end; where that is no number, all from low on."""
+        above, reach = self._scores >= end, self._scores >= low
+        if self._within is not None:
+            above, reach = above & self._within, reach & self._within
+        at = places(reach ^ above)
+        return _Between(above, at, _keys(self._scores[at]))
+
+    def leave(self, some: _Between) -> None:
+        """Ask only about some from now on; those above them are kept."""
+        self._left = some
 
     def count(self, shift: int, width: int) -> Tensor:
         """int64 [2 ** width]: candidates with each digit."""
-        if self._keys is not None:
-            return torch.bincount(_digit(self._keys, shift, width), minlength=1 << width)
+        if self._left is not None:
+            return torch.bincount(_digit(self._left.keys, shift, width), minlength=1 << width)
         half = 1 << (width - 1)
         # Straight from the bits, where negative scores stand in the order of their magnitudes: their half is turned.
         raw = torch.bincount((_bits(self._all()) >> shift) + half, minlength=1 << width)
         return torch.cat([raw[:half].flip(0), raw[half:]])
 
     def narrow(self, shift: int, width: int, digit: int) -> None:
-        """Leave the candidates with this digit."""
-        if self._keys is not None:
-            self._keys = self._keys[_digit(self._keys, shift, width) == digit]
+        """Leave the candidates with this digit; those with a higher one are kept."""
+        if self._left is None:
+            first = (digit - (1 << (width - 1))) << shift
+            low, end = _value(first), _value(first + (1 << shift))
+            # The outermost digits hold the infinities, and beyond them only what is no number.
+            self.leave(self.between(-math.inf if math.isnan(low) else low, end))
             return
-        first = (digit - (1 << (width - 1))) << shift
-        low, high = (_value(key) for key in (first, first + (1 << shift) - 1))
-        scores = self._all()
-        # The outermost digits hold the infinities, and beyond them only what is no number.
-        below = scores <= (math.inf if math.isnan(high) else high)
-        self._keys = _keys(scores[places(below & (scores >= (-math.inf if math.isnan(low) else low)))])
+        above, at, keys = self._left
+        digits = _digit(keys, shift, width)
+        above[at[digits > digit]] = True
+        same = digits == digit
+        self.leave(_Between(above, at[same], keys[same]))
 
-    def kept(self, threshold: float, ties: int) -> Tensor:
-        """Bool of the piece: above the threshold, or among the first ``ties`` that equal it."""
-        above, equal = self._scores > threshold, self._scores == threshold
-        if self._within is not None:
-            above, equal = above & self._within, equal & self._within
-        above[places(equal)[:ties]] = True
-        return above
+    def kept(self, ties: int) -> Tensor:
+        """Bool of the piece: what is above those left, which are equal, and the first ``ties`` of them."""
+        assert self._left is not None
+        self._left.above[self._left.places[:ties]] = True
+        return self._left.above
 
     def _all(self) -> Tensor:
         # Anew where it is needed, so that one matrix's is held and not those of all.
@@ -159,15 +211,16 @@ class _Candidates:
 
 def pack(kept: Tensor, num_bytes: int) -> Tensor:
     """Bool [n] -> uint8 [num_bytes] on its device, in little bit order, padded with zeros."""
-    bits = kept.new_zeros(num_bytes * 8, dtype=torch.uint8)
+    bits = kept.new_zeros(num_bytes * 8, dtype=torch.bool)
     bits[: kept.numel()] = kept
-    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
+    # Eight bools are the lowest bits of an integer's bytes; the product brings all of them into its highest byte.
+    return (bits.view(torch.int64) * 0x0102_0408_1020_4080 >> 56).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """uint8 [..., bytes] -> bool [..., 8 * bytes]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> places) & 1).bool().flatten(-2)
+    eight = _EIGHT_BOOLS.to(packed.device).index_select(0, packed.int().flatten())
+    return eight.view(packed.shape).view(torch.bool)
 
 
 def _refuse_nan(pieces: Sequence[Tensor], shards: Shards) -> None:

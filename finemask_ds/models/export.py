@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.foreign import refuse_existing, write_prune, write_tamt
 from finemask_ds.masks.mask import Mask
@@ -27,7 +28,7 @@ def apply_mask(pretrained: Pretrained, mask: Mask) -> None:
         pretrained.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     with torch.no_grad():
         for name, keep in mask.items():
-            parameters[name].masked_fill_(~keep, 0.0)
+            parameters[name].copy_(masked(parameters[name], keep))
 
 
 def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from finemask_ds.config import ImpConfig
 from finemask_ds.engine.base import Engine, Group
 from finemask_ds.engine.loop import Span
+from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.schedule import ladder
@@ -124,4 +124,4 @@ def weight_group(theta0: Pretrained, config: ImpConfig) -> Group:
 
 
 def _masked(value: Tensor, keep: Tensor | None) -> Tensor:
-    return value.clone() if keep is None else torch.where(keep, value, 0.0)
+    return value.clone() if keep is None else masked(value, keep)

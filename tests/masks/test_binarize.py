@@ -24,13 +24,16 @@ def test_threshold_keeps_what_reaches_it():
     assert threshold(scores.double(), 0.01).tolist() == [x >= 0.01 for x in scores.double().tolist()]
 
 
-def test_forward_is_the_weight_where_kept_and_positive_zero_elsewhere():
-    weight, scores, mask, _ = toy()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_forward_is_the_weight_where_kept_and_positive_zero_elsewhere(dtype):
+    weight, scores, mask, _ = toy(dtype)
     weight[0, 0], mask[0, 0] = -math.inf, False
     weight[0, 1], mask[0, 1] = math.nan, False
-    masked = masked_weight(weight, scores, mask)
-    assert torch.equal(masked[mask], weight[mask])
-    assert torch.equal(masked[~mask].view(torch.int32), torch.zeros(int((~mask).sum()), dtype=torch.int32))
+    weight[0, 2:], mask[0, 2:] = torch.tensor([-math.inf, -0.0], dtype=dtype), True
+    for product in (masked_weight(weight, scores, mask), masked_weight(weight.T, scores.T, mask.T).T):
+        assert product.dtype == dtype
+        assert torch.equal(product[mask].view(torch.uint8), weight[mask].view(torch.uint8))
+        assert not product[~mask].view(torch.uint8).any()
 
 
 def test_a_full_mask_gives_the_weight_bit_for_bit():

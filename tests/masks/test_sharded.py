@@ -99,6 +99,27 @@ def test_a_guess_of_the_thresholds_changes_no_mask(scope: str, nearly: float) ->
     assert_same(on_shards(scores, 0.7, scope, 3, near=near), expected)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    matrices=st.lists(st.lists(SCORES, min_size=1, max_size=17), min_size=1, max_size=4),
+    sparsity=SPARSITIES, scope=st.sampled_from(["local", "global"]), size=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_any_guess_leads_to_the_same_masks(
+    matrices: list[list[float]], sparsity: float, scope: str, size: int, data: st.DataObject
+) -> None:
+    """Where the threshold lies about the guess, on its other side, far off or nowhere."""
+    scores = {str(index): torch.tensor(values) for index, values in enumerate(matrices)}
+    expected = select(scores, sparsity, scope)
+    factor = st.sampled_from([0.98, 1.0, 1.02, -1.0, 1e6])
+    guesses = {name: selection.threshold * data.draw(factor) for name, selection in expected.items()}
+    near = dict.fromkeys(scores, next(iter(guesses.values()))) if scope == "global" else guesses
+    found = on_shards(scores, sparsity, scope, size, near=near)
+    assert list(found) == list(expected)
+    for name, (mask, threshold) in found.items():
+        assert torch.equal(mask, expected[name].mask)
+        assert threshold in (expected[name].threshold, near[name])
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_pruned_further_on_shards(scope: str, size: int) -> None:
