@@ -14,6 +14,8 @@ from torch import Tensor
 from finemask_ds.errors import UserError
 
 SCOPES = ("local", "global")
+ABOUT = 1 / 32
+"""Share of an old threshold by which a new one is first sought to either side of it."""
 _SORTED_AT_ONCE = 4_096
 
 
@@ -171,12 +173,17 @@ def _largest_arrays(pieces: Sequence[numpy.ndarray], k: int, near: float | None)
 
     Every score is compared with two values, between which the k-th largest lies; only those between are ranked.
     """
-    if near is not None:
-        kept = [piece >= near for piece in pieces]
-        if _count(kept) == k:  # No score has crossed it.
+    if near is None:
+        low, high = _bracket(pieces, _size(pieces), k)
+        kept, reach = _reaching(pieces, high), _reaching(pieces, low)
+    else:
+        kept = reach = _reaching(pieces, near)
+        if (number := _count(kept)) == k:  # No score has crossed it.
             return kept, near
-    low, high = _bracket(pieces, _size(pieces), k)
-    kept, reach = [piece >= high for piece in pieces], [piece >= low for piece in pieces]
+        if number > k:
+            kept = _reaching(pieces, near + ABOUT * abs(near))
+        else:
+            reach = _reaching(pieces, near - ABOUT * abs(near))
     if not _count(kept) < k <= _count(reach):  # The sample has misled, or much is equal.
         low = _kth_largest(pieces, k)
         kept, reach = [piece > low for piece in pieces], [piece >= low for piece in pieces]
@@ -206,7 +213,7 @@ def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
     if number <= _SORTED_AT_ONCE:
         return numpy.sort(numpy.concatenate(pieces))[number - k]
     low, high = _bracket(pieces, number, k)
-    reach_high = _count([piece >= high for piece in pieces])
+    reach_high = _count(_reaching(pieces, high))
     if k <= reach_high:
         above = [piece[piece > high] for piece in pieces]
         return _kth_largest(above, k) if k <= _size(above) else high
@@ -230,6 +237,10 @@ def _bracket(pieces: Sequence[numpy.ndarray], number: int, k: int) -> tuple[nump
     place = (number - k) * sample.size // number
     margin = 2 * math.isqrt(sample.size)
     return sample[max(place - margin, 0)], sample[min(place + margin, sample.size - 1)]
+
+
+def _reaching(pieces: Sequence[numpy.ndarray], value: numpy.generic | float) -> list[numpy.ndarray]:
+    return [piece >= value for piece in pieces]
 
 
 def _count(masks: Sequence[numpy.ndarray]) -> int:

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from finemask_ds.errors import UserError
-from finemask_ds.masks.select import has_nan, num_kept, places
+from finemask_ds.masks.select import ABOUT, has_nan, num_kept, places
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width in bits of each digit of a 32-bit key, from the highest."""
 _EIGHT_BOOLS = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8) & 1).bool().view(torch.int64).flatten()
 """int64 [256]: eight bools in the memory of one number, for each byte of as many bits."""
-ABOUT = 1 / 32
-"""Share of an old threshold by which a new one is first sought to either side of it."""
 
 
 @dataclass(frozen=True)
