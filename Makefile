@@ -13,7 +13,7 @@ test: $(READY) lint
 	$(BIN)/python -m pytest tests
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
 
 # sshd, pdsh, Slurm, ...: what the tests on hosts of their own need beside root.
 cluster-packages:
