@@ -121,9 +121,9 @@ def _compared(objective: str, sparsity: float, seed: int) -> Iterator[Cell]:
 FINE_TUNED = (
     Cell("kd", 0.7, "binary", BINARY_LR, LONG, 1),
     Cell("kd", 0.7, "reconstruction", FAST_LR, SHORT, 1),
-    Cell("kd", 0.7, "reconstruction", FAST_LR, LONG, 1),
+    Cell("kd", 0.7, "reconstruction", FAST_LR, LONG, 2),
     Cell("kd", 0.7, "activations", FAST_LR, SHORT, 1),
-    Cell("kd", 0.7, "binary", PAPER_LR["kd"], LONG, 1),
+    Cell("kd", 0.7, "binary", PAPER_LR["kd"], LONG, 2),
 )
 """Searches whose masks are compared on tasks, in the order in which they are fine-tuned."""
 
