@@ -40,7 +40,7 @@ class Reconstruction:
         self.mask = self.mask.clone()
         self._own = self.weight.square() * self.gram.diag()
         self._gradient = (self.weight * self.mask) @ self.gram - self.cross
-        # Numbers in place of conditions, which torch computes with many times as fast on CPUs.
+        # Numbers in place of conditions: on CPUs torch computes with them many times as fast.
         self._twice = self.weight * torch.where(self.mask, -2.0, 2.0)
         self._barred = {kept: torch.where(self.mask == kept, 0.0, torch.inf) for kept in (False, True)}
         self._best = {kept: (self._own.new_empty(len(self._own)), self._own.argmin(dim=1)) for kept in (False, True)}
