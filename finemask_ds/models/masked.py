@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finemask_ds.masks.binarize import masked_rows, masked_weight
+from finemask_ds.masks.binarize import masked, masked_rows, masked_weight
 from finemask_ds.masks.select import places
 
 
@@ -52,8 +52,7 @@ class Masked(nn.Module):
         mask = mask.to(self.mask.device)
         if self._product is not None:
             changed = places((mask ^ self.mask).flatten())
-            values = torch.where(mask.flatten()[changed], self.weight.detach().flatten()[changed], 0.0)
-            self._product.view(-1)[changed] = values
+            self._product.view(-1)[changed] = masked(self.weight.detach().flatten()[changed], mask.flatten()[changed])
         self.mask.copy_(mask)
 
 

@@ -106,9 +106,9 @@ def rewind(engine: Engine, theta0: Mapping[str, Tensor], mask: Mapping[str, Tens
     The MLM head is not rewound. Moments must go in either case: an old momentum would move a pruned weight off zero.
     """
     if to_theta0:
-        engine.edit((name, _masked(value, mask.get(name))) for name, value in theta0.items())
+        engine.edit((name, masked(value, mask[name]) if name in mask else value) for name, value in theta0.items())
     else:
-        engine.edit([(name, _masked(value.cpu(), mask[name])) for name, value in engine.read(mask)])
+        engine.edit([(name, masked(value.cpu(), mask[name])) for name, value in engine.read(mask)])
     engine.reset_optimizer()
 
 
@@ -121,7 +121,3 @@ def backbone_parameters(theta0: Pretrained) -> dict[str, nn.Parameter]:
 def weight_group(theta0: Pretrained, config: ImpConfig) -> Group:
     """All weights of the backbone."""
     return Group("weights", backbone_parameters(theta0), config.lr, config.weight_decay)
-
-
-def _masked(value: Tensor, keep: Tensor | None) -> Tensor:
-    return value.clone() if keep is None else masked(value, keep)

@@ -33,6 +33,8 @@ NUM_TOKENS = 32_768
 """Of the training text, evenly spread blocks, on which outputs are compared."""
 DAMPING = 0.01
 """Share of gram's mean diagonal that is added to it: what no token of the sample tells apart goes by magnitude."""
+READS_AS = {"K": "Q", "V": "Q"}
+"""Role -> role before it that reads the same."""
 ADDED = {"AO": "Q", "FO": "FI"}
 """Role -> role whose input, the residual stream, its output is added to."""
 
@@ -137,23 +139,29 @@ def prune_layer(
     Returns:
         What the layers give, as ``hidden``; role -> ``Reconstruction.sizes``.
     """
-    dense_reads: dict[str, Tensor] = {}
-    dense_gives: dict[str, Tensor] = {}
-    reads: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
+    """What is read from the residual stream by those whose input another output is added to, then what it has lost."""
+    gives: dict[str, Tensor] = {}
+    grams: dict[str, tuple[Tensor, float]] = {}
     sizes: dict[str, Tensor] = {}
 
     def observe(role: str, _: nn.Module, arguments: tuple[Any, ...], given: Tensor) -> None:
-        dense_reads[role], dense_gives[role] = arguments[0].flatten(0, -2), given.flatten(0, -2)
+        gives[role] = given.flatten(0, -2)
+        if role in ADDED.values():
+            streams[role] = arguments[0].flatten(0, -2)
 
     def prune(role: str, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
-        reads[role] = x = arguments[0].flatten(0, -2)
-        wanted = dense_gives.pop(role) - module.bias
+        x = arguments[0].flatten(0, -2)
+        if role in ADDED.values():
+            streams[role] = streams[role] - x
+        wanted = gives.pop(role) - module.bias
         if role in ADDED:
-            wanted += dense_reads[ADDED[role]] - reads[ADDED[role]]
-        gram, cross = x.T @ x, wanted.T @ x
-        damping = DAMPING * gram.diag().mean()
-        gram.diagonal().add_(damping)
-        search = Reconstruction(module.weight, gram, cross.add_(module.weight, alpha=float(damping)), start[role])
+            wanted += streams[ADDED[role]]
+        if role not in READS_AS:
+            grams[role] = damped_gram(x)
+        gram, damping = grams[READS_AS.get(role, role)]
+        cross = (wanted.T @ x).add_(module.weight, alpha=damping)
+        search = Reconstruction(module.weight, gram, cross, start[role])
         search.swap()
         sizes[role] = search.sizes()
         module.weight.mul_(search.mask)
@@ -164,6 +172,14 @@ def prune_layer(
             hooks.enter_context(matrices.dense.register_forward_hook(partial(observe, role)))
             hooks.enter_context(matrices.pruned.register_forward_pre_hook(partial(prune, role)))
         return Pair(*map(output, layers, hidden)), sizes
+
+
+def damped_gram(x: Tensor) -> tuple[Tensor, float]:
+    """The sum over tokens of x x^T, of [tokens, columns], and what its diagonal is raised by."""
+    gram = x.T @ x
+    damping = float(DAMPING * gram.diag().mean())
+    gram.diagonal().add_(damping)
+    return gram, damping
 
 
 def output(layer: nn.Module, hidden: Tensor) -> Tensor:
