@@ -28,6 +28,8 @@ PACKAGES = (
     "safetensors",
 )
 _GIT_SECONDS = 10
+_FIGURES = "results"
+"""Folder of measured figures: those that a plan has kept there do not change the code that makes the next."""
 
 
 def collect() -> dict[str, Any]:
@@ -56,8 +58,8 @@ def _version(package: str) -> str | None:
 def code_state(package: Path) -> dict[str, Any]:
     """Return the commit a package folder is at and whether its work tree is dirty; None for both outside git.
 
-    A package installed into an environment inside somebody's repository is not of that repository: only a
-    folder whose files git tracks counts.
+    Figures in results/ make no tree dirty. A package installed into an environment inside somebody's repository
+    is not of that repository: only a folder whose files git tracks counts.
     """
 
     def git(*arguments: str) -> str | None:
@@ -72,7 +74,7 @@ def code_state(package: Path) -> dict[str, Any]:
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "dirty": None}
-    changes = git("status", "--porcelain")
+    changes = git("status", "--porcelain", "--", ":/", f":(top,exclude){_FIGURES}")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else changes != ""}
 
 

@@ -266,6 +266,8 @@ def test_code_state_is_of_the_repository_that_tracks_the_code(tmp_path):
     assert code_state(package) == unknown
     git("add", ".")
     git("commit", "-m", "ours")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/figures.json").write_text("{}")  # A plan keeps these as it goes.
     assert code_state(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "__init__.py").write_text("changed = True")
     assert code_state(package)["dirty"] is True
