@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.memory import predicted
+from finemask_ds.masks.sharded import DIGITS
 
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 keeps a parameter whole (configs/ds/zero3.json)."""
 REUSE = 1_000_000_000
 """Elements between two uses up to which ZeRO-3 keeps what it has gathered (stage3_max_reuse_distance)."""
-COUNTS_BYTES = 3 * 2048 * 8
-"""What a rank adds up for each matrix to select over pieces (masks/sharded.py)."""
+COUNTS_BYTES = 8 * sum(1 << width for _, width in DIGITS)
+"""What a rank adds up for each matrix to select over pieces, where its threshold is sought from the start."""
 
 
 @dataclass(frozen=True)

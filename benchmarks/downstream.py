@@ -10,7 +10,6 @@ and writes the report. A second call, on this machine or another, goes on where 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,8 @@ def options(data: Path, model: str, rate: float) -> dict[str, Any]:
 
 def cut_data(shared: Path, root: Path) -> Path:
     """GLUE as it is, SQuAD with the first 1,000 dev questions."""
-    if not (root / "glue").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "glue").symlink_to((shared / "glue").resolve())
-        (root / "squad").mkdir(exist_ok=True)
+    if not (root / "glue").exists():  # which comes last
+        (root / "squad").mkdir(parents=True, exist_ok=True)
         shutil.copy(shared / "squad/train-subset.json", root / "squad/train-v1.1.json")
         told = read_json(shared / "squad/dev-v1.1.json")
         left = NUM_QUESTIONS
@@ -64,7 +61,8 @@ def cut_data(shared: Path, root: Path) -> Path:
             for paragraph in article["paragraphs"]:
                 paragraph["qas"] = paragraph["qas"][:left]
                 left -= len(paragraph["qas"])
-        (root / "squad/dev-v1.1.json").write_text(json.dumps(told))
+        write_json(root / "squad/dev-v1.1.json", told)
+        (root / "glue").symlink_to((shared / "glue").resolve())
     return root
 
 

@@ -9,6 +9,7 @@ Without --model: BERT-base's shapes with random weights and a few made-up senten
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -16,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
+from finemask_ds.engine.memory import forget_peak_memory
 from finemask_ds.engine.zero import distributed
 from finemask_ds.provenance import collect
 from finemask_ds.recipes.stages import REPOSITORY
@@ -82,6 +86,9 @@ def main() -> None:
     cells: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, distributed() as world:
         for name, config in configs(arguments, Path(folder)).items():
+            gc.collect()
+            torch.cuda.empty_cache()
+            forget_peak_memory(world.device)
             cells[name] = figures(config, search(config, world))
             write_json(arguments.out, {"made": made, "cells": cells})
     rows = [

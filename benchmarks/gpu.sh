@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants one accelerator, in one go: the tests of `pytest -m gpu`, then fp16 and bf16 searches at
-# BERT-base's shapes. Figures and logs go to $OUT (default: results/gpu).
+# Everything that wants one accelerator, in one go: the tests of `pytest -m gpu`, steps of all methods at BERT-base's
+# shapes, selection alone, then searches in fp32, bf16 and fp16. Figures and logs go to $OUT (default: results/gpu).
 #
 #   benchmarks/gpu.sh [options of benchmarks/gpu.py, as --model FOLDER --data FOLDER --head_steps 500]
 #
@@ -17,5 +17,7 @@ else
   export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 fi
 python3 -c 'import torch; assert torch.cuda.is_available(), "no accelerator"; print(torch.__version__, torch.cuda.get_device_name())'
-python3 -m pytest -m gpu tests/test_gpu.py 2>&1 | tee "$out/pytest.log"
+python3 -m pytest -m gpu tests 2>&1 | tee "$out/pytest.log" || true # A failed test is told; figures come all the same.
+python3 benchmarks/speed.py --groups gpu --out "$out/speed.json" 2>&1 | tee "$out/speed.log"
+python3 benchmarks/selection.py --out "$out/selection.json" 2>&1 | tee "$out/selection.log"
 python3 benchmarks/gpu.py --out "$out/gpu.json" "$@" 2>&1 | tee "$out/gpu.log"

@@ -7,17 +7,21 @@ hosts of its own (network namespaces with an sshd each), on which a rank each ru
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
 from finemask_ds.engine.world import World
 from finemask_ds.provenance import collect
+from finemask_ds.recipes.stages import REPOSITORY
+from finemask_ds.run import write_json
+
+sys.path.insert(0, str(REPOSITORY))
 from tests.cluster.hosts import Hosts
 from tests.cluster.ranks import HostRankPool
 from tests.cluster.test_equality import all_masks, equal, found_with_scores, last_mask, otherwise
-from tests.conftest import REPOSITORY
 from tests.pool import RankPool
 
 SHARED = {"model": "builtin", "data": "builtin", "batch_size": 16, "seq_len": 64, "dropout": 0.0, "eval_every": 0,
@@ -58,16 +62,14 @@ def main() -> None:
         folder = Path(name)
         hosts = Hosts.up(2, folder / "hosts")
         try:
-            apart, together = HostRankPool(hosts), RankPool(2)
             rows = []
-            for search in ("tamt-mlm", "tamt-kd", "imp"):
-                rows.append(measure(search, folder, arguments.steps, apart, together))
-                print(rows[-1], flush=True)
-            apart.close()
-            together.close()
+            with closing(HostRankPool(hosts)) as apart, closing(RankPool(2)) as together:
+                for search in ("tamt-mlm", "tamt-kd", "imp"):
+                    rows.append(measure(search, folder, arguments.steps, apart, together))
+                    print(rows[-1], flush=True)
         finally:
             hosts.down()
-    arguments.out.write_text(json.dumps({"rows": rows, "provenance": collect()}, indent=2) + "\n")
+    write_json(arguments.out, {"rows": rows, "provenance": collect()})
 
 
 if __name__ == "__main__":

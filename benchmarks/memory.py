@@ -45,7 +45,7 @@ DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 CELLS = [f"tamt-{stage}-{dtype}" for dtype in DTYPES for stage in (0, 1, 2, 3)] + ["imp-2-fp32", "imp-3-fp32"]
 GIB = 2**30
 LARGEST = 30_522 * 768
-"""Elements of the largest trained matrix, which a bucket holds (configs/ds/README.md)."""
+"""Elements of the embedding, the largest trained matrix, which a bucket holds (configs/ds/README.md)."""
 
 
 def resident(mark: str = "VmRSS") -> int:
@@ -80,8 +80,7 @@ def measure(world: World, config: SearchConfig, stage: int) -> dict[str, Any]:
     }
     objective = Objective(model, "mlm")
     engine = setting.engine(objective, groups)
-    masks = ScoreMasks(engine, model, config.sparsity, config.scope, 1)
-    masks.thresholds = dict.fromkeys(start, 0.01)
+    masks = ScoreMasks(engine, model, config.sparsity, config.scope, 1, dict.fromkeys(start, 0.01))
     del theta0, start
     loading = resident("VmHWM") - before
     forget_peak()
@@ -102,20 +101,22 @@ def predicted(
         dtype: what products are computed in, of ``DTYPES``.
         sizes: elements that are ``masked``, ``trained`` and ``frozen``.
         ranks: how many.
-        largest: elements of the largest trained matrix.
+        largest: elements of the largest trained matrix, the embedding.
     """
     masked, trained, frozen = sizes["masked"], sizes["trained"], sizes["frozen"]
+    width = 4 if dtype == "fp32" else 2
     whole = 1 if stage < 3 else 1 / ranks
     sharded = 1 / ranks if stage else 1
     return {
-        "frozen weights": (4 if dtype == "fp32" else 2) * frozen * whole,
+        "frozen weights": width * frozen * whole,
         "scores (IMP: weights)": 4 * trained * whole,
         "masks, a byte each": masked,
         "masters": 4 * trained * sharded if stage else 0,
         "moments": 8 * trained * sharded,
-        # Freed at the end of a step, except for stage 3's own buffer; W * M lives from forward to backward only.
+        # Freed at the end of a step, except for stage 3's own buffer.
         "gradients": 4 * trained * sharded if stage == 3 else 0,
-        "masked weights W * M": 0,
+        # Kept from step to step where a whole W is frozen, but of the embedding, of which few rows are read.
+        "masked weights W * M": width * (masked - largest) if frozen and stage < 3 else 0,
         "reduction bucket": 4 * largest if stage else 0,
     }
 

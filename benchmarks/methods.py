@@ -160,8 +160,9 @@ def tamt_scores(setting: Setting) -> Ready:
     theta0, start, groups = tamt.freeze(setting, config)
     objective = Objective(theta0.model, config.objective)
     engine = setting.engine(objective, groups)
-    masks = ScoreMasks(engine, theta0.model, config.sparsity, config.scope, config.threshold_every)
-    masks.thresholds = dict.fromkeys(start, config.phi)
+    masks = ScoreMasks(
+        engine, theta0.model, config.sparsity, config.scope, config.threshold_every, dict.fromkeys(start, config.phi)
+    )
     return engine, objective, [masks.after_step]
 
 

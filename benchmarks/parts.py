@@ -38,13 +38,13 @@ from finemask_ds.models.load import quiet_transformers
 from finemask_ds.recipes.stages import REPOSITORY
 from finemask_ds.report.table import markdown
 from finemask_ds.run import Run, read_json
-from finemask_ds.search import tamt
 from finemask_ds.search.dense import builtin_corpus, resolve_model
-from finemask_ds.search.objectives import Objective, counts
+from finemask_ds.search.objectives import counts
 from finemask_ds.search.setting import open_setting
 
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Cells, bert_base_files, bert_base_shapes, seconds_of, silence, spread
+from benchmarks.methods import tamt_scores
 
 Figures = dict[str, dict[str, Any]]
 
@@ -136,8 +136,7 @@ def evaluate_often(config: TamtConfig, repeats: int) -> list[float]:
     """Tokens per second of each evaluation but the first, as a search does it now and then."""
     with silence():
         setting = open_setting(config, this_process(), model=config.model, data=config.data)
-        theta0, _, groups = tamt.freeze(setting, config)
-        engine = setting.engine(Objective(theta0.model, config.objective), groups)
+        engine, *_ = tamt_scores(setting)
     dev = setting.dev_batches()
     num_tokens = sum(batch["input_ids"].numel() for batch in dev)
 

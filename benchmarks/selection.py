@@ -35,8 +35,8 @@ SPARSITY = 0.7
 SIZES = {"10M": 10**7, "100M": 10**8, "1000M": 10**9}
 MOST_KTHVALUE = 1.2e8
 """Scores; it copies them, and as many indices of 8 bytes."""
-BYTES_A_SCORE = 7
-"""Score, mask and what selection holds beside them."""
+BYTES_A_SCORE = 10
+"""Score, mask, W and W * M in 16 bit on a GPU, and what selection holds beside them."""
 MOVED = 1e-4
 """--mask_lr of the short searches: what AdamW moves a score by in its first steps."""
 
@@ -58,11 +58,22 @@ def kthvalues(flat: Tensor, scores: Mapping[str, Tensor], scope: str) -> list[fl
 
 
 def cold(shapes: Mapping[str, tuple[int, int]], scope: str, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Selection from nothing but scores, kthvalue in turns with it."""
+    """Selection from nothing but scores (kernels: from a guess far off), kthvalue in turns with it."""
     flat, scores = draw(shapes, device)
+
+    def select_anew() -> None:
+        select(scores, SPARSITY, scope)
+
+    if has_kernels(device):  # ``select`` itself is kthvalue there, and no search calls it.
+        renew = kernels(scores, blank(scores), scope)
+
+        def select_anew() -> None:
+            renew(dict.fromkeys(scores, 1.0))
+
+        select_anew()  # Compiles.
     own, theirs = [], []
     for _ in range(repeats):
-        own.append(seconds_of(lambda: select(scores, SPARSITY, scope), device))
+        own.append(seconds_of(select_anew, device))
         if flat.numel() <= MOST_KTHVALUE:
             theirs.append(seconds_of(lambda: kthvalues(flat, scores, scope), device))
     cell = {"scores": flat.numel(), **spread("select_sec", own)}
@@ -73,17 +84,33 @@ def cold(shapes: Mapping[str, tuple[int, int]], scope: str, repeats: int, device
     return cell
 
 
+def blank(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that keep nothing yet."""
+    return {name: torch.zeros_like(values, dtype=torch.bool) for name, values in scores.items()}
+
+
+def kernels(
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], scope: str
+) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """Last thresholds -> new ones, by Triton's kernels, which write W * M in bf16 beside the masks, as in a search."""
+    from finemask_ds.masks.device import DeviceSelection  # Needs Triton, which CPUs do not.
+    from finemask_ds.masks.matrices import Matrix
+
+    weights = {name: values.to(torch.bfloat16) for name, values in scores.items()}
+    matrices = {
+        name: Matrix(values, masks[name], weights[name], torch.zeros_like(weights[name]))
+        for name, values in scores.items()
+    }
+    return DeviceSelection(matrices, SPARSITY, scope).renew
+
+
 def renewal(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], scope: str) -> Callable[[], None]:
     """What a search does after a step: a call that makes the masks exact again and knows the last thresholds."""
     thresholds = dict.fromkeys(scores, 0.01)
-    device = next(iter(scores.values())).device
-    if has_kernels(device):
-        from finemask_ds.masks.device import DeviceSelection  # Needs Triton, which CPUs do not.
-        from finemask_ds.masks.matrices import Matrix
-
-        matrices = {name: Matrix(values, masks[name]) for name, values in scores.items()}
-        selection = DeviceSelection(matrices, SPARSITY, scope)
-        return lambda: thresholds.update(selection.renew(thresholds))
+    if has_kernels(next(iter(scores.values())).device):
+        renewed = kernels(scores, masks, scope)
+        renewed(dict.fromkeys(scores, 1.0))  # Compiles, and is no threshold of theirs.
+        return lambda: thresholds.update(renewed(thresholds))
 
     def renew() -> None:
         for name, selected in select(scores, SPARSITY, scope, near=thresholds).items():
@@ -96,7 +123,7 @@ def renewal(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], scope: st
 def warm(shapes: Mapping[str, tuple[int, int]], scope: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Selection that knows the last thresholds: the first time, and when scores crossed, only moved, or did not."""
     flat, scores = draw(shapes, device)
-    masks = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in scores.items()}
+    masks = blank(scores)
     renew = renewal(scores, masks, scope)
 
     def update() -> float:

@@ -176,8 +176,8 @@ class Launch:
         words = ["end", self._name, str(GRACE_SEC)]
         answers = _ask(self.hosts, words, GRACE_SEC + hostprocess.KILL_SEC)
         program = [sys.executable, "-I", "-S", hostprocess.__file__, *words]
-        here = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
-        found = sum(int(answer) for answer in [*answers.values(), here.stdout])
+        here = _answer(program, "", GRACE_SEC + hostprocess.KILL_SEC)
+        found = sum(int(answer) for answer in [*answers.values(), here] if answer)
         return found, [host for host in self.hosts if host not in answers]
 
     def _command(self, folder: Path) -> list[str]:
@@ -225,17 +225,23 @@ def _ask(hosts: Iterable[str], words: Sequence[str], patience_sec: float) -> dic
     there = shlex.join([sys.executable, "-I", "-S", "-", *words])
 
     def ask(host: str) -> str:
-        try:
-            return subprocess.run(
-                [*ssh_command(), host, there], input=program, capture_output=True, text=True, check=True,
-                timeout=SSH_SEC + patience_sec, start_new_session=True,
-            ).stdout  # fmt: skip
-        except (OSError, subprocess.SubprocessError):
-            return ""
+        return _answer([*ssh_command(), host, there], program, patience_sec)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = dict(zip(hosts, pool.map(ask, hosts), strict=True))
-    return {host: answer.splitlines()[-1] for host, answer in answers.items() if answer.strip()}
+    return {host: answer for host, answer in answers.items() if answer}
+
+
+def _answer(command: Sequence[str], told: str, patience_sec: float) -> str:
+    """The last line that a command answers to what it is told, in bounded time; empty where it gives none."""
+    try:
+        given = subprocess.run(
+            command, input=told, capture_output=True, text=True, check=True, timeout=SSH_SEC + patience_sec,
+            start_new_session=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return given.splitlines()[-1] if given else ""
 
 
 def _tell(what: str) -> None:

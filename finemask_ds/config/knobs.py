@@ -14,9 +14,10 @@ VOLATILE = frozenset({
     "run", "deepspeed", "precision", "ranks", "time_out_sec", "silence_sec", "hostfile", "max_restarts", "log_every",
     "watch_every", "keep_every", "eval_every", "save_every", "agree_every", "micro_batch_size", "eval_batch_size",
     "save_model", "predict", "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup",
-    "ray_address", "wait", "after",
+    "ray_address", "wait", "after", "preset",
 })  # fmt: skip
-"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity."""
+"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity. A
+preset only fills in others, which are."""
 
 
 _LOGIN = re.compile(r"://[^/\s@]+@")

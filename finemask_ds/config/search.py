@@ -64,7 +64,7 @@ class TrainingConfig(Config):
         unit="steps",
     )
     eval_every: int = knob(1000, "dev loss of the objective every so often; 0: only at the end", unit="steps")
-    save_every: int = knob(1000, "a checkpoint every so often; 0: only at the end of a stage", unit="steps")
+    save_every: int = knob(1000, "a checkpoint every so often and at the end; 0: only then", unit="steps")
     run: str = knob("", "run directory; empty: runs/NAME-HASH from the options given")
     deepspeed: str = knob("", "DeepSpeed JSON file (configs/ds/*.json); empty: one plain process")
     precision: str = knob("fast", "'fast' computes in the DeepSpeed file's 16-bit type where the accelerator has fast "

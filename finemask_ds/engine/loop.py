@@ -75,6 +75,7 @@ def train(
     recorder: Recorder,
     *,
     seed: int,
+    after_step: Sequence[Hook] = (),
     hooks: Sequence[Hook] = (),
     watched: Callable[[int], Mapping[str, Sequence[str]]] = lambda step: {},
     before_stop: Hook = lambda step: None,
@@ -93,14 +94,14 @@ def train(
         span: which steps, and the learning rates' schedule.
         recorder: takes the metrics.
         seed: of the dropout draws, which depend on (seed, position, rank) alone.
+        after_step: called in order after the optimizer's part of each step, and of the step as its time is taken.
         hooks: called in order after each step.
         watched: step -> label -> names of parameters whose gradient norm is recorded.
         before_stop: called with the last good step when the loss or a gradient is not finite.
         terminated: called, on all ranks, after the step in which some rank was asked to end.
 
     Raises:
-        UserError: on a non-finite loss or gradient in fp32 or bf16, or after 50 overflows of fp16 in a row, on all
-            ranks alike and before it touches the weights.
+        UserError: on all ranks, before weights change: a loss or gradient is not finite (fp16: 50 times in a row).
     """
     engine.module.train()
     clock, step = time.perf_counter(), span.first
@@ -109,23 +110,28 @@ def train(
         torch.manual_seed(_draw_seed(seed, position, engine.world.rank))
         micro_batches = batches(position)
         loss, metrics, is_last = _accumulate(engine, task, micro_batches, counts)
-        if not math.isfinite(loss) and not engine.loss_scale.is_on:
-            before_stop(step - 1)
-            raise UserError(f"the loss is {loss} at step {step}{_STOPPED}")
+        _stop_unless_finite(engine, "the loss", loss, step, before_stop)
         rates = {group.name: group.peak_lr * span.factor(step) for group in engine.groups}
         update = engine.step(rates, watched(step))
         if not update.applied:
-            if not engine.loss_scale.is_on:
-                before_stop(step - 1)
-                raise UserError(f"the gradients' norm is {update.norm} at step {step}{_STOPPED}")
+            _stop_unless_finite(engine, "the gradients' norm", update.norm, step, before_stop)
             continue
+        for hook in after_step:
+            hook(step)
+        _record_speed(recorder, engine, micro_batches, time.perf_counter() - clock)
         _record_step(recorder, engine, metrics, update, rates)
-        _record_speed(recorder, _num_tokens(micro_batches) * engine.world.size, time.perf_counter() - clock)
         for hook in hooks:
             hook(step)
         if is_last:
             terminated(step)
         clock, step = time.perf_counter(), step + 1
+
+
+def _stop_unless_finite(engine: Engine, what: str, value: float, step: int, before_stop: Hook) -> None:
+    """End the training at its last good state; not where there is a loss scale, which falls and is tried again."""
+    if not math.isfinite(value) and not engine.loss_scale.is_on:
+        before_stop(step - 1)
+        raise UserError(f"{what} is {value} at step {step}{_STOPPED}")
 
 
 def _accumulate(
@@ -151,8 +157,9 @@ def _accumulate(
     return engine.world.sum(step_loss).item(), metrics, totals[_ASKED] > 0
 
 
-def _record_speed(recorder: Recorder, num_tokens: int, seconds: float) -> None:
+def _record_speed(recorder: Recorder, engine: Engine, micro_batches: Sequence[Batch], seconds: float) -> None:
     recorder.record("speed/step_sec", seconds)
+    num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches) * engine.world.size
     recorder.record("speed/tokens_per_sec", num_tokens / seconds)
 
 
@@ -186,7 +193,7 @@ def evaluate(
     """Mean of each sum that ``forward`` gives over ``batches``, which every rank holds whole and takes in turns.
 
     A rank that has run out computes a batch again and counts it zero times, because in ZeRO-3 every forward is a
-    collective of all ranks. Sums are fp64.
+    collective of all ranks. Sums are fp64. A sum over nothing, as where no token happens to be masked, has no mean.
     """
     sums: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
@@ -202,7 +209,8 @@ def evaluate(
     table = torch.tensor(
         [[float(sums[name]), totals[name]] for name in names], dtype=torch.float64, device=world.device
     )
-    return {name: total / count for name, (total, count) in zip(names, world.sum(table).tolist(), strict=True)}
+    sums_of = zip(names, world.sum(table).tolist(), strict=True)
+    return {name: total / count for name, (total, count) in sums_of if count}
 
 
 def _total_counts(engine: Engine, counted: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -210,10 +218,6 @@ def _total_counts(engine: Engine, counted: Sequence[Mapping[str, int]]) -> dict[
     names = sorted({name for one in counted for name in one})
     local = torch.tensor([sum(one.get(name, 0) for one in counted) for name in names], device=engine.world.device)
     return dict(zip(names, engine.world.sum(local).tolist(), strict=True))
-
-
-def _num_tokens(micro_batches: Sequence[Batch]) -> int:
-    return sum(batch["input_ids"].numel() for batch in micro_batches)
 
 
 def _draw_seed(seed: int, position: int, rank: int) -> int:

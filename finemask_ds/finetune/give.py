@@ -37,8 +37,9 @@ def write_predictions(path: Path, split: Split, predictions: Predictions) -> Non
         return
     with atomic_write(path) as stream:
         stream.write("index\tprediction\n")
-        for row, written in enumerate(_written(split.task, predictions)):
-            stream.write(f"{row}\t{written}\n")
+        # By the rows' own numbers: a row that could not be read has none here, and the server counts it.
+        for number, written in zip(split.examples.ids, _written(split.task, predictions), strict=True):
+            stream.write(f"{number}\t{written}\n")
 
 
 def _written(task: Task, predictions: Predictions) -> Iterable[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -39,8 +41,9 @@ def has_kernels(device: torch.device) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    """Looked for once and not in every backward pass."""
-    return importlib.util.find_spec("triton") is not None
+    """Looked for once and not in every backward pass; Triton compiles what launches its kernels when they are used."""
+    has_compiler = "CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc")))
+    return has_compiler and importlib.util.find_spec("triton") is not None
 
 
 def masked_weight(weight: Tensor, scores: Tensor | None, mask: Tensor, product: Tensor | None = None) -> Tensor:

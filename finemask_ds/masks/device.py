@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from finemask_ds.errors import UserError
 from finemask_ds.masks.matrices import Matrices, Matrix
-from finemask_ds.masks.select import drop_ties, num_kept
+from finemask_ds.masks.select import NAN, drop_ties, num_kept
 
 
 class DeviceSelection:
     """Keeps masks, and W * M beside them, the exact selection of scores that an optimizer moves.
 
-    The same bits as ``select``, but that scores are not searched for NaN.
+    The same bits as ``select``, but that scores are not searched for NaN: it is noticed where it lets too few be kept.
     """
 
     def __init__(self, matrices: Mapping[str, Matrix], sparsity: float, scope: str):
@@ -40,11 +41,17 @@ class DeviceSelection:
 
         Returns:
             Name -> the threshold: the last one where it still parts the kept from the others, else the smallest kept.
+
+        Raises:
+            UserError: where NaN among the scores leaves fewer than are to be kept.
         """
         thresholds = torch.tensor([near[row[0]] for row in self._rows], dtype=torch.float32, device=self._k.device)
         if any(self._refreshed(thresholds)):
             thresholds = self._tables.kth_largest(self._k, thresholds)
-            self._drop_ties(thresholds.tolist(), self._refreshed(thresholds))
+            surplus = self._refreshed(thresholds)
+            if any(too_many < 0 for too_many in surplus):  # The k-th largest has fewer than k at or above it.
+                raise UserError(NAN)
+            self._drop_ties(thresholds.tolist(), surplus)
         found = thresholds.tolist()
         return {name: threshold for row, threshold in zip(self._rows, found, strict=True) for name in row}
 

@@ -16,6 +16,7 @@ from finemask_ds.errors import UserError
 SCOPES = ("local", "global")
 ABOUT = 1 / 32
 """Share of an old threshold by which a new one is first sought to either side of it."""
+NAN = "the scores hold NaN, which has no rank: lower the learning rate or check the weights"
 _SORTED_AT_ONCE = 4_096
 
 
@@ -79,7 +80,8 @@ def select(
             return select_one(scores[name], k, within=allowed[name], near=near[name] if near else None)
 
         # numpy computes without holding the interpreter, so that as many matrices at once as torch may use threads.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        # Whatever of torch's ran in such a thread would start as many of its own; what ``within`` needs is torch's.
+        with ThreadPoolExecutor(torch.get_num_threads() if within is None else 1) as threads:
             return dict(zip(scores, threads.map(select_named, scores), strict=True))
     k = num_kept(sum(values.numel() for values in scores.values()), sparsity)
     # One threshold serves all matrices, whichever name it is asked for by.
@@ -155,13 +157,13 @@ def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list
     number = sum(piece.numel() for piece in pieces)
     if not 0 <= k <= number:
         raise ValueError(f"cannot keep {k} of {number} scores")
-    if any(map(has_nan, pieces)):
-        raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
-    if k == 0:
-        return [torch.zeros_like(piece, dtype=torch.bool) for piece in pieces], math.inf
     if pieces[0].device.type == "cpu":  # numpy compares and counts faster than torch
         kept, threshold = _largest_arrays([piece.numpy() for piece in pieces], k, near)
         return [torch.from_numpy(part) for part in kept], float(threshold)
+    if any(map(has_nan, pieces)):
+        raise UserError(NAN)
+    if k == 0:
+        return [torch.zeros_like(piece, dtype=torch.bool) for piece in pieces], math.inf
     value = torch.cat(list(pieces)).kthvalue(number - k + 1).values
     masks = [piece >= value for piece in pieces]
     drop_ties(pieces, masks, float(value), sum(int(mask.count_nonzero()) for mask in masks) - k)
@@ -169,10 +171,14 @@ def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list
 
 
 def _largest_arrays(pieces: Sequence[numpy.ndarray], k: int, near: float | None) -> tuple[list[numpy.ndarray], Any]:
-    """``_largest`` of flat arrays without NaN, k at least 1.
+    """``_largest`` of flat arrays.
 
     Every score is compared with two values, between which the k-th largest lies; only those between are ranked.
     """
+    if any(piece.size and numpy.isnan(piece.max()) for piece in pieces):
+        raise UserError(NAN)
+    if k == 0:
+        return [numpy.zeros(piece.shape, dtype=bool) for piece in pieces], math.inf
     if near is None:
         low, high = _bracket(pieces, _size(pieces), k)
         kept, reach = _reaching(pieces, high), _reaching(pieces, low)
@@ -187,18 +193,24 @@ def _largest_arrays(pieces: Sequence[numpy.ndarray], k: int, near: float | None)
     if not _count(kept) < k <= _count(reach):  # The sample has misled, or much is equal.
         low = _kth_largest(pieces, k)
         kept, reach = [piece > low for piece in pieces], [piece >= low for piece in pieces]
+    return kept, _fill(kept, reach, pieces, k - _count(kept))
+
+
+def _fill(
+    kept: Sequence[numpy.ndarray], reach: Sequence[numpy.ndarray], pieces: Sequence[numpy.ndarray], room: int
+) -> Any:
+    """Keep also, in place, the ``room`` largest of the scores that reach but are not kept yet; the smallest of them."""
     # Through indices, which is faster than a bool index where little is taken.
-    places = [numpy.flatnonzero(upper ^ lower) for upper, lower in zip(kept, reach, strict=True)]
-    between = numpy.concatenate([piece[at] for piece, at in zip(pieces, places, strict=True)])
-    room = k - _count(kept)
+    at = [numpy.flatnonzero(upper ^ lower) for upper, lower in zip(kept, reach, strict=True)]
+    between = numpy.concatenate([piece[of] for piece, of in zip(pieces, at, strict=True)])
     threshold = numpy.partition(between, between.size - room)[between.size - room]
     chosen = between > threshold
     ties = numpy.flatnonzero(between == threshold)
     chosen[ties[: room - int(numpy.count_nonzero(chosen))]] = True
-    parts = numpy.split(chosen, numpy.cumsum([at.size for at in places])[:-1])
-    for upper, at, part in zip(kept, places, parts, strict=True):
-        upper[at[part]] = True
-    return kept, threshold
+    parts = numpy.split(chosen, numpy.cumsum([of.size for of in at])[:-1])
+    for upper, of, part in zip(kept, at, parts, strict=True):
+        upper[of[part]] = True
+    return threshold
 
 
 def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:

@@ -2,8 +2,8 @@
 
 The threshold is found digit by digit. A float's bits, read as an integer, rank as the float does; the ranks add up how
 many scores have each leading digit (11 bits), which tells the digit of the k-th largest, and only the scores with that
-digit are looked at again: three sums over the ranks in all, of 2,048 counts for each threshold that is sought. Where
-the threshold of a step ago is known, only the scores about it are looked at more than once.
+digit are looked at again: three sums over the ranks, of at most 2,048 counts for each threshold that is sought, and a
+few short ones. Where the threshold of a step ago is known, only the scores about it are looked at more than once.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finemask_ds.errors import UserError
-from finemask_ds.masks.select import ABOUT, has_nan, num_kept, places
+from finemask_ds.masks.select import ABOUT, NAN, has_nan, num_kept, places
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width in bits of each digit of a 32-bit key, from the highest."""
-_EIGHT_BOOLS = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8) & 1).bool().view(torch.int64).flatten()
-"""int64 [256]: eight bools in the memory of one number, for each byte of as many bits."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,8 @@ class _Candidates:
         return self._all().numel() if self._left is None else self._left.keys.numel()
 
     def between(self, low: float, end: float) -> _Between:
-        """Those from low to below the end; where that is no number, all from low on."""
-        above, reach = self._scores >= end, self._scores >= low
+        """Those from low to below the end; an end that is no number bounds nothing."""
+        above, reach = self._scores >= end, ~(self._scores < low)
         if self._within is not None:
             above, reach = above & self._within, reach & self._within
         at = places(reach ^ above)
@@ -188,7 +187,7 @@ class _Candidates:
             first = (digit - (1 << (width - 1))) << shift
             low, end = _value(first), _value(first + (1 << shift))
             # The outermost digits hold the infinities, and beyond them only what is no number.
-            self.leave(self.between(-math.inf if math.isnan(low) else low, end))
+            self.leave(self.between(low, end))
             return
         above, at, keys = self._left
         digits = _digit(keys, shift, width)
@@ -217,13 +216,20 @@ def pack(kept: Tensor, num_bytes: int) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """uint8 [..., bytes] -> bool [..., 8 * bytes]."""
-    eight = _EIGHT_BOOLS.to(packed.device).index_select(0, packed.int().flatten())
+    eight = _eight_bools(packed.device).index_select(0, packed.int().flatten())
     return eight.view(packed.shape).view(torch.bool)
+
+
+@cache
+def _eight_bools(device: torch.device) -> Tensor:
+    """int64 [256]: eight bools in the memory of one number, for each byte of as many bits."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.bool().view(torch.int64).flatten()
 
 
 def _refuse_nan(pieces: Sequence[Tensor], shards: Shards) -> None:
     if shards.sum(torch.stack([has_nan(piece) for piece in pieces]).any().long()).item():
-        raise UserError("the scores hold NaN, which has no rank: lower the learning rate or check the weights")
+        raise UserError(NAN)
 
 
 def _bits(scores: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
@@ -25,6 +26,9 @@ def apply_mask(pretrained: Pretrained, mask: Mask) -> None:
     mask.check({name: tuple(parameters[name].shape) for name in mask if name in parameters})
     if f"{pretrained.family.embedding}.weight" in mask:
         untie_decoder(pretrained.model)
+        decoder: Any = pretrained.model.get_submodule(pretrained.family.decoder)
+        # Untied, the bias is also looked for under the decoder's own name.
+        decoder.bias = nn.Parameter(decoder.bias.detach().clone())
         pretrained.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     with torch.no_grad():
         for name, keep in mask.items():

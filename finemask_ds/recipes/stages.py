@@ -106,7 +106,7 @@ def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> s
         own = result["dev_trained_head"]
         measured = [f"{result['sparsity']:.4f}", f"{result['distance_from_omp']:.4f}"]
         spent = [str(result["steps"]), f"{result['seconds']:.0f}"]
-        rows.append([name, *_losses(result["dev"]), f"{own['mlm_loss']:.4f}" if own else "-", *measured, *spent])
+        rows.append([name, *_losses(result["dev"]), _losses(own)[0] if own else "-", *measured, *spent])
     return markdown(header, rows) if as_markdown else aligned(header, rows)
 
 

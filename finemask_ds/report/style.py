@@ -46,10 +46,11 @@ _LOOKS = {
     "imp": Look("#0072B2", "^", (0, (5, 2, 1, 2))),
     "omp": Look("#E69F00", "D", (0, (3, 2))),
     "random": Look("#7F7F7F", "X", (0, (1, 1.5))),
+    "reconstruction": Look("#56B4E9", "v", (0, (8, 2, 1, 2))),
 }
 
-_OTHER_COLOURS = ("#56B4E9", "#8C564B", "#B8A000", "#9467BD")
-_OTHER_MARKERS = ("v", "<", ">", "h", "d", "8", "H")
+_OTHER_COLOURS = ("#1B6B6B", "#8C564B", "#B8A000", "#9467BD")
+_OTHER_MARKERS = ("<", ">", "h", "d", "8", "H", "*")
 """For variants and methods of others, combined; the colours above but black are from Okabe and Ito's palette."""
 
 

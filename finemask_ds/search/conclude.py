@@ -109,8 +109,6 @@ def dev_losses(
 def _write(setting: Setting, outcome: Outcome, result: Mapping[str, Any]) -> None:
     run = setting.run
     provenance = mask_provenance(setting, outcome.steps, setting.search.sparsity)
-    if outcome.start is not None:
-        save_mask(run.start_mask, outcome.start.with_provenance({**provenance, "steps": 0}))
     if outcome.head is not None:
         with atomic_write(run.head, "wb") as stream:
             stream.write(save(dict(outcome.head)))

@@ -32,7 +32,7 @@ from finemask_ds.models.patch import (
     write_mask,
 )
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
+from finemask_ds.search.outcome import Outcome, head_values, keep_mask
 from finemask_ds.search.selection import select_trained
 from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
@@ -76,7 +76,7 @@ def find_mask(setting: Setting) -> Outcome:
                 watch=[lambda step: watch.observe(recorder, read_mask(theta0.model))],
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
-    return Outcome(mask, num_steps, trainer.stopwatch.seconds, trained_head(engine))
+    return Outcome(mask, num_steps, trainer.stopwatch.seconds, head_values(engine))
 
 
 def start(setting: Setting, config: ImpConfig) -> tuple[Pretrained, Mask, list[Group]]:
@@ -84,11 +84,12 @@ def start(setting: Setting, config: ImpConfig) -> tuple[Pretrained, Mask, list[G
     theta0 = setting.theta0()
     mask = Mask.full_like(theta0.shapes)
     attach(theta0.model, mask)
+    # Before the decoder is untied, which makes its matrix a parameter outside the backbone: it stays theta_0's.
+    groups = [weight_group(theta0, config), head_group(config, theta0.model)]
     if config.decoder == "masked":
         tie_decoder_to_masked_embedding(theta0.model)
     else:
         untie_decoder(theta0.model)
-    groups = [weight_group(theta0, config), head_group(config, theta0.model)]
     freeze_all_but(theta0.model, groups)
     return theta0, mask, groups
 

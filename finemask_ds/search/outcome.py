@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from finemask_ds.engine.base import Engine
-from finemask_ds.masks.files import save_mask
+from finemask_ds.engine.damage import complete_steps
+from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.provenance import code_state
 from finemask_ds.search.setting import Setting
@@ -28,11 +29,9 @@ class Outcome:
     """Wall time of the search over all restarts, its start included, text, engine and final scoring apart."""
     head: Mapping[str, Tensor] | None = None
     """The MLM head as trained along, on the CPU, where the method trains it."""
-    start: Mask | None = None
-    """The mask before the first step."""
 
 
-def trained_head(engine: Engine) -> dict[str, Tensor] | None:
+def head_values(engine: Engine) -> dict[str, Tensor] | None:
     """Copies of the head's values where the engine trains one."""
     names = [name for group in engine.groups if group.name == "head" for name in group.parameters]
     return {name: value.cpu().clone() for name, value in engine.read(names)} or None
@@ -54,6 +53,16 @@ def mask_provenance(setting: Setting, steps: int, sparsity: float) -> dict[str, 
         "finemask_ds": version("finemask_ds"),
         "code": code_state(Path(__file__).parents[1]),
     }
+
+
+def begun_from(setting: Setting) -> Mask | None:
+    """The mask before the first step of a search that goes on from a checkpoint; None where it begins."""
+    run = setting.run
+
+    def read() -> Mask | None:
+        return load_mask(run.start_mask) if run.start_mask.exists() and complete_steps(run.checkpoints) else None
+
+    return setting.world.on_first(read)
 
 
 def keep_mask(setting: Setting, path: Path, mask: Mask, steps: int, sparsity: float, seconds: float) -> None:

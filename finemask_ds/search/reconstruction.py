@@ -65,7 +65,16 @@ def reconstruction_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tens
         blocks = torch.from_numpy(setting.corpus.train.astype("int64"))
         wanted = min(len(blocks), -(-NUM_TOKENS // setting.config.seq_len))
         spread = torch.linspace(0, len(blocks) - 1, wanted).round().long()
-        found |= reconstruct(theta0, blocks[spread], start, world.device, lambda line: print(line, flush=True))
+
+        def tell(line: str) -> None:
+            print(line, flush=True)
+            world.barrier()
+
+        found |= reconstruct(theta0, blocks[spread], start, world.device, tell)
+    else:
+        # So that none waits longer than a layer takes; see --time_out_sec.
+        for _ in {place.layer for place in theta0.places.values()} - {None}:
+            world.barrier()
     return {name: world.from_first(size) for name, size in found.items()}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,8 @@ class ScoreMasks:
     scope: str
     threshold_every: int
     """Exact selection at multiples of this step; between them Eq. 3 with the last thresholds."""
-    thresholds: dict[str, float] = field(default_factory=dict)
-    """Matrix's name -> phi: kept where the score is at least phi."""
+    thresholds: dict[str, float]
+    """Matrix's name -> phi: kept where the score is at least phi; infinite where nothing is kept."""
 
     def __post_init__(self) -> None:
         for module in masked_modules(self.model).values():
@@ -137,6 +137,15 @@ class ScoreMasks:
         chosen = select_trained(self.engine, self._names, self.sparsity, self.scope, near=near)
         write_mask(self.model, {name: selection.mask for name, selection in chosen.items()})
         self.thresholds = {name: selection.threshold for name, selection in chosen.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to hold beside the scores; JSON has no infinity."""
+        return {"thresholds": {name: phi if math.isfinite(phi) else None for name, phi in self.thresholds.items()}}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Renew the masks from scores that a checkpoint of ``state`` has brought."""
+        self.thresholds = {name: math.inf if phi is None else phi for name, phi in state["thresholds"].items()}
+        self.after_step(state["step"])
 
     @cached_property
     def _on_device(self) -> DeviceSelection:

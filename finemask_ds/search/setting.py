@@ -213,6 +213,7 @@ class Trainer:
         span: Span,
         *,
         after_step: Sequence[Hook] = (),
+        hooks: Sequence[Hook] = (),
         watch: Sequence[Hook] = (),
         state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
@@ -220,7 +221,8 @@ class Trainer:
 
         Args:
             span: steps and schedule.
-            after_step: run after every step.
+            after_step: part of every step.
+            hooks: run after every step.
             watch: run now and then, to record what is dear to look at.
             state: what a checkpoint holds beside values and moments.
         """
@@ -230,13 +232,14 @@ class Trainer:
             train(
                 self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder,
                 seed=config.seed,
+                after_step=after_step,
                 hooks=[
-                    *after_step,
+                    *hooks,
                     every(config.agree_every, self._agree),
                     every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
                     *(every(config.watch_every, hook, last=span.last) for hook in watch),
                     every(config.log_every, self._log, last=span.last),
-                    every(config.save_every, lambda step: self.save(step, state())),
+                    every(config.save_every, lambda step: self.save(step, state()), last=span.last),
                 ],
                 watched=lambda step: roles if is_due(config.watch_every, step, last=span.last) else {},
                 before_stop=lambda step: self.save(step, state()),

@@ -28,7 +28,7 @@ from finemask_ds.models.patch import attach, masked_modules, read_mask
 from finemask_ds.search.activations import activation_magnitudes
 from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.outcome import Outcome, keep_mask, trained_head
+from finemask_ds.search.outcome import Outcome, begun_from, head_values, keep_mask
 from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.selection import ScoreMasks, largest
 from finemask_ds.search.setting import Setting, Stopwatch, Trainer, freeze_all_but, head_group
@@ -45,15 +45,17 @@ def find_mask(setting: Setting) -> Outcome:
     objective = Objective(theta0.model, config.objective)
     engine = setting.engine(objective, groups)
 
-    masks = ScoreMasks(engine, theta0.model, config.sparsity, config.scope, config.threshold_every)
-    masks.thresholds = dict.fromkeys(start, config.phi)
+    masks = ScoreMasks(
+        engine, theta0.model, config.sparsity, config.scope, config.threshold_every, dict.fromkeys(start, config.phi)
+    )
     with setting.recorder(config.num_steps) as recorder:
         recorder.record_last("speed/start_sec", start_sec)
         trainer = Trainer(setting, engine, objective, recorder, theta0, stopwatch=stopwatch)
         state = trainer.resume()
         if state["step"]:
-            masks.thresholds = state["thresholds"]
-            masks.after_step(state["step"])
+            masks.go_on(state)
+        else:
+            keep_mask(setting, setting.run.start_mask, start, 0, config.sparsity, stopwatch.seconds)
 
         def keep(step: int) -> None:
             mask = Mask(read_mask(theta0.model))
@@ -62,17 +64,17 @@ def find_mask(setting: Setting) -> Outcome:
         watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
         trainer.run(
             Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
-            after_step=[masks.after_step, every(config.keep_every, keep)],
+            after_step=[masks.after_step],
+            hooks=[every(config.keep_every, keep)],
             watch=[lambda step: masks.show(watch, recorder)],
-            state=lambda: {"thresholds": masks.thresholds},
+            state=masks.state,
         )
     masks.select_exactly()
     return Outcome(
         Mask(read_mask(theta0.model)),
         config.num_steps,
         stopwatch.seconds,
-        trained_head(engine),
-        start,
+        head_values(engine),
     )
 
 
@@ -93,8 +95,11 @@ def initial_scores(theta0: Pretrained, setting: Setting, config: TamtConfig) -> 
 
     ``binary`` and ``random`` start at alpha * phi where OMP, or chance, keeps a weight (Eq. 5; Section 4.2.4);
     the others around phi in the order of the magnitudes, as they are (``ranked``) or weighed by their inputs
-    (``activations``), or of what a matrix would miss each weight by (``reconstruction``).
+    (``activations``), or of what a matrix would miss each weight by (``reconstruction``). Where a checkpoint is about
+    to bring the scores, the start is not searched again: its mask is read, and its scores are no more than a place.
     """
+    if (begun := begun_from(setting)) is not None:
+        return begun, {name: binary(keep, config.alpha, config.phi) for name, keep in begun.items()}
     if config.init in ("binary", "random"):
         start = omp_mask(theta0, config) if config.init == "binary" else random_mask(theta0, config)
         return start, {name: binary(keep, config.alpha, config.phi) for name, keep in start.items()}

@@ -18,9 +18,13 @@ import pytest
 from safetensors.torch import load_file
 
 from finemask_ds.config import FinetuneConfig
+from finemask_ds.data.examples import load_split
+from finemask_ds.data.tasks import task_named
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.cell import measure_cell, run_cell
+from finemask_ds.finetune.evaluate import Split
+from finemask_ds.finetune.give import write_predictions
 from finemask_ds.finetune.job import with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.masks.files import load_mask, save_mask
@@ -268,12 +272,24 @@ def test_the_subnetwork_is_given_away_with_its_zeros(
         header, *lines = (tmp_path / f"{name}.tsv").read_text().splitlines()
         assert header == "index\tprediction"
         rows = (toy_tasks / f"glue/MNLI/{split}.tsv").read_text().splitlines()[1:]
-        assert [int(line.split("\t")[0]) for line in lines] == list(range(len(rows)))
+        assert [line.split("\t")[0] for line in lines] == [row.split("\t")[0] for row in rows]
         texts = [row.split("\t")[8:10] for row in rows]
         again = [classify({"text": a, "text_pair": b}, truncation=True, max_length=32)["label"] for a, b in texts]
         assert [line.split("\t")[1] for line in lines] == again
     assert result["best_step"] in (3, 6)
     assert not run.joinpath("best").exists()
+
+
+def test_a_row_that_is_unusable_moves_no_other_prediction(tmp_path: Path) -> None:
+    """GLUE's server goes by the index; a row that could not be read has none of our predictions."""
+    rows = [f"{number}\ta sentence" for number in range(200)]
+    (tmp_path / "test.tsv").write_text("\n".join(["index\tsentence", *rows[:3], "3", *rows[4:]]) + "\n")
+    task = task_named("cola")
+    split = Split(task, load_split(task, str(tmp_path), "test"), features=None, batch_size=1)  # type: ignore[arg-type]
+    answers = [number % 2 for number in range(200) if number != 3]
+    write_predictions(tmp_path / "CoLA.tsv", split, answers)
+    written = dict(line.split("\t") for line in (tmp_path / "CoLA.tsv").read_text().splitlines()[1:])
+    assert written == {str(number): str(number % 2) for number in range(200) if number != 3}
 
 
 @pytest.mark.parametrize(("task", "name"), [("stsb", "STS-B.tsv"), ("squad", "squad.json"), ("cola", "CoLA.tsv")])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from finemask_ds.errors import UserError
 from finemask_ds.masks.device import DeviceSelection
 from finemask_ds.masks.matrices import Matrix
 from finemask_ds.masks.select import select
@@ -44,3 +47,12 @@ def test_masks_and_products_follow_scores_that_move(scope: str, device: str) -> 
         unmoved += found == near
         near = dict(reversed(found.items()))  # A restart may bring them back in another order.
     assert 0 < unmoved < 9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_that_lets_too_few_be_kept_is_refused(device: str) -> None:
+    scores = torch.full((6, 6), math.nan, device=device)
+    scores.view(-1)[:11] = torch.arange(11.0, device=device)
+    follow = DeviceSelection({"a": Matrix(scores, torch.zeros_like(scores, dtype=torch.bool))}, 0.5, "local")
+    with pytest.raises(UserError, match="NaN"):
+        follow.renew({"a": 0.0})

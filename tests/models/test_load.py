@@ -17,8 +17,9 @@ from finemask_ds.errors import UserError
 from finemask_ds.masks.files import save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.export import export_checkpoint
-from finemask_ds.models.families import LAYER_ROLES, prunable
-from finemask_ds.models.load import load_pretrained
+from finemask_ds.models.families import LAYER_ROLES, head_parameters, prunable
+from finemask_ds.models.load import load_pretrained, save_pretrained
+from finemask_ds.models.patch import attach
 
 
 @pytest.mark.parametrize(("targets", "matrices"), [("paper", 73), ("authors", 74), ("bert-tickets", 73)])
@@ -97,6 +98,27 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(tmp_path: Path, to
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == load_pretrained(str(toy_bert)).digest()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_export_predicts_as_it_was_measured(tmp_path: Path, toy_bert: Path, toy_roberta: Path, family: str) -> None:
+    """theta_0 * M with theta_0's head, its decoder's bias too, and nothing left to be drawn anew."""
+    pretrained = load_pretrained(str(toy_bert if family == "bert" else toy_roberta))
+    head = head_parameters(pretrained.model)
+    for name in head:
+        if name.endswith("bias"):
+            torch.nn.init.normal_(head[name])
+    save_pretrained(pretrained, tmp_path / "theta0")
+    mask = Mask.random(pretrained.shapes, 0.7, seed=1)
+    save_mask(tmp_path / "mask.safetensors", mask)
+    out = export_checkpoint(tmp_path / "mask.safetensors", str(tmp_path / "theta0"), tmp_path / "out")
+    model, report = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    attach(pretrained.model, mask)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, pretrained.model(tokens).logits)
+    assert load_pretrained(str(out)).has_head
 
 
 def test_an_export_loads_anywhere_with_exact_zeros(tmp_path: Path, toy_bert: Path) -> None:

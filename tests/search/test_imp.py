@@ -113,3 +113,4 @@ def test_zeros_hold_to_the_end_with_either_decoder(
         mask = load_mask(Run(tmp_path / "run").rung_mask((0.1, 0.2, 0.3)[rung]))
         values = jobs.checkpoint_values(folder)
         assert all(not values[name][~keep].any() for name, keep in mask.items())
+        assert "cls.predictions.decoder.weight" not in values  # It is the embedding, or theta_0's and frozen.

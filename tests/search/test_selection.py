@@ -29,8 +29,7 @@ def masks_in_training(world: World, config: TamtConfig, scope: str) -> tuple[Sco
     engine = setting.engine(Objective(theta0.model, "kd"), groups)
     draw = torch.Generator().manual_seed(0)
     engine.edit((name, torch.randint(-9, 9, shape, generator=draw) / 1000) for name, shape in engine.shapes.items())
-    masks = ScoreMasks(engine, theta0.model, 0.7, scope, 1000)
-    masks.thresholds = dict.fromkeys(start, 0.0)
+    masks = ScoreMasks(engine, theta0.model, 0.7, scope, 1000, dict.fromkeys(start, 0.0))
     return masks, engine, theta0.model
 
 

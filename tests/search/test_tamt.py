@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,42 @@ def test_the_masks_learn_and_nothing_else_moves(toy_bert: Path, toy_text: Path, 
     heads = {name for name in jobs.last_values(mlm) if not name.endswith(".scores")}
     assert heads
     assert all(name.startswith("cls.") for name in heads)
+
+
+def test_a_search_that_goes_on_keeps_its_start(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint has the scores, so that the start, whose search may take minutes, is not searched again."""
+    config, other = (
+        jobs.tamt(tmp_path / name, toy_bert, toy_text, init="reconstruction", steps=12) for name in ("run", "other")
+    )
+    jobs.killed_after(jobs.World(), config, 5)
+    assert "layer 2/2" in capsys.readouterr().out
+    jobs.find(config)
+    assert "layer" not in capsys.readouterr().out
+    jobs.find(other)
+    for name in ("mask", "start_mask"):
+        again, undisturbed = (load_mask(getattr(Run(Path(one.run)), name)) for one in (config, other))
+        assert again == undisturbed
+
+
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_a_search_that_dies_while_it_is_scored_is_not_trained_again(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
+) -> None:
+    config, other = (
+        jobs.either(method, tmp_path / name, toy_bert, toy_text, save_every=0) for name in ("run", "other")
+    )
+    with mock.patch("finemask_ds.session.conclude", side_effect=jobs.KilledError), pytest.raises(jobs.KilledError):
+        jobs.find(config)
+    trained = jobs.losses(config)
+    result = jobs.find(config)
+    assert jobs.losses(config) == trained
+    undisturbed = jobs.find(other)
+    assert mask_of(config) == mask_of(other)
+    assert [result[name] for name in ("dev", "dev_trained_head")] == [
+        undisturbed[name] for name in ("dev", "dev_trained_head")
+    ]
 
 
 @pytest.mark.parametrize("stage", [None, 2, 3])
