@@ -31,14 +31,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse; an unknown option is answered with the valid ones of its (sub)command, the nearest first."""
+        """Parse; an unknown option is answered with the nearest valid one of its (sub)command, or with all of them."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            valid = [option for option in self._option_string_actions if option.startswith("--")]
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            valid = sorted(name for action in shown for name in action.option_strings if name.startswith("--"))
             option = unknown[0].split("=")[0]
             near = difflib.get_close_matches(option, valid, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"unknown option {option}; {hint}valid are {' '.join(sorted(valid))}")
+            hint = f"did you mean {near[0]}? --help tells them all" if near else f"valid are {' '.join(valid)}"
+            raise UserError(f"unknown option {option}; {hint}")
         return parsed, unknown
 
 

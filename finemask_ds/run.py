@@ -128,6 +128,18 @@ def content_hash(*parts: str | bytes | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def mask_file(path: str | os.PathLike[str]) -> Path:
+    """The mask file that a path names: itself, or the mask of a search's run directory."""
+    path = Path(path).expanduser()
+    return Run(path).mask if path.is_dir() else path
+
+
 @dataclass(frozen=True)
 class Run:
     """One run directory: where each of its files is, which stages are done, what made it."""
@@ -208,15 +220,13 @@ class Run:
         method: str,
         root: str | os.PathLike[str] = "runs",
         volatile: Iterable[str] = (),
-        write: bool = True,
     ) -> Run:
         """Open the run of this config: its folder is made on the first call and found again on the next ones.
 
         Without `folder` it is root/<readable name>-<8 hex>, the hash being of the method, CONFIG_VERSION and
         what differs from `defaults`, so that a knob added later does not move old runs. Keys in `volatile`
-        change no result: they are left out of the hash and may differ. `write=False` (every rank but the
-        first) only compares. Raises UserError when another config made the folder, or when it has no config
-        but holds a run's files.
+        change no result: they are left out of the hash and may differ. Raises UserError when another config made
+        the folder, or when it has no config but holds a run's files.
         """
         current = json.loads(json.dumps(dict(config), default=_plain))
         base = json.loads(json.dumps(dict(defaults), default=_plain))
@@ -231,8 +241,7 @@ class Run:
         for path in (run.mask, run.start_mask.parent, run.metrics, run.result, run.checkpoints, run.head):
             if path.exists():
                 raise UserError(f"{run.folder} holds {path.name} but no config.json: type another --run DIR")
-        if write:
-            write_json(run.config, current)
+        write_json(run.config, current)
         return run
 
     def _record(self, stage: str) -> Path:

@@ -20,8 +20,10 @@ from finemask_ds.config import (
     TamtConfig,
     TrainingConfig,
 )
+from finemask_ds.data.sources import find_text
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
+from finemask_ds.engine.settings import read_settings
 from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError, printable
@@ -59,6 +61,7 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     if world is None:
         with ranks_of(config) as world:
             return search(config, world)
+    world.on_first(lambda: _look_before(config))
     model, data = (
         resolve_model(config.model, world, config.deepspeed),
         str(builtin_corpus()) if config.data == "builtin" else config.data,
@@ -69,6 +72,18 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
         setting = replace(setting, head=trained_head(setting), draw=distance_map)
         done = conclude(setting, METHODS[type(config)](setting))
     return {**done, "run": str(setting.run.folder)}
+
+
+def _look_before(config: SearchConfig) -> None:
+    """Refuse what is missing before minutes are spent on what is there.
+
+    Raises:
+        UserError: where the text or the DeepSpeed file is not to be found.
+    """
+    if config.data != "builtin":
+        find_text(config.data)
+    if config.deepspeed:
+        read_settings(config.deepspeed)
 
 
 @contextlib.contextmanager

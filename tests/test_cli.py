@@ -46,6 +46,15 @@ def test_show(paths):
     assert "method: random\nseed: 0\n" in process.stdout
 
 
+def test_a_run_directory_stands_for_its_mask(paths, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mask.safetensors").write_bytes(paths[0].read_bytes())
+    assert main(["mask", "show", str(paths[0])]) == 0
+    expected = capsys.readouterr().out
+    assert main(["mask", "show", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == expected
+
+
 def test_compare_two(paths, capsys):
     assert main(["mask", "compare", str(paths[0]), str(paths[1])]) == 0
     output = capsys.readouterr().out

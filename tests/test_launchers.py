@@ -79,7 +79,7 @@ def toy(model: Path, text: Path, run: Path) -> list[str]:
 BAD = {
     "sparsity": (["--sparsity", "1"], "--sparsity 1.0 is not in [0, 1)"),
     "no steps in Table 2": (["--sparsity", "0.65"], "Table 2 has no number of steps"),
-    "unknown option": (["--maks_lr", "1"], "unknown option --maks_lr; did you mean --mask_lr? valid are"),
+    "unknown option": (["--maks_lr", "1"], "unknown option --maks_lr; did you mean --mask_lr? --help"),
     "not a number": (["--steps", "many"], "invalid int value: 'many'"),
     "unknown choice": (["--objective", "nsp"], "type one of mlm, kd, mlm+kd"),
     "unknown model": (["--model", "nobody/nothing"], "model 'nobody/nothing' could not be loaded"),

@@ -202,15 +202,6 @@ def test_a_folder_that_holds_a_mask_but_no_config_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["mask.safetensors"]
 
 
-def test_other_ranks_compare_but_do_not_write(tmp_path):
-    folder = tmp_path / "d"
-    Run.open(folder, DEFAULTS, DEFAULTS, "tamt", write=False)
-    assert not folder.exists()
-    open_run(folder, tmp_path)
-    with pytest.raises(UserError, match="another config"):
-        Run.open(folder, DEFAULTS | {"seed": 1}, DEFAULTS, "tamt", write=False)
-
-
 def test_a_stage_is_done_once_its_result_is_written(tmp_path):
     run = open_run(tmp_path / "d", tmp_path)
     assert not run.done("search")

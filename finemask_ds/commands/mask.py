@@ -24,12 +24,12 @@ def add_mask(commands: Commands) -> None:
     )
 
     show = mask.add_parser("show", help="sparsity of each matrix, and where the mask comes from")
-    show.add_argument("file", type=Path, metavar="FILE", help="mask file, such as RUN/mask.safetensors")
+    show.add_argument("file", type=Path, metavar="FILE", help="mask file, or run directory")
     show.set_defaults(handler=_show)
 
     compare = mask.add_parser("compare", help="Jaccard similarity and distance of masks (TAMT Section 4.2.5)")
-    compare.add_argument("first", type=Path, metavar="FILE", help="mask file")
-    compare.add_argument("others", type=Path, nargs="+", metavar="FILE", help="mask files of the same model")
+    compare.add_argument("first", type=Path, metavar="FILE", help="mask file, or run directory")
+    compare.add_argument("others", type=Path, nargs="+", metavar="FILE", help="others of the same model")
     compare.set_defaults(handler=_compare)
 
     take = mask.add_parser("import", help="read a mask of TAMT, BERT-Tickets, torch.nn.utils.prune, open_lth, MaskLLM")
@@ -39,7 +39,7 @@ def add_mask(commands: Commands) -> None:
     take.set_defaults(handler=_import)
 
     export = mask.add_parser("export", help="write a plain Hugging Face checkpoint with exact zeros, or others' files")
-    export.add_argument("file", type=Path, metavar="FILE", help="mask file")
+    export.add_argument("file", type=Path, metavar="FILE", help="mask file, or run directory")
     export.add_argument("--model", required=True, help="hub name, folder or builtin: the model it was made from")
     export.add_argument("--out", required=True, type=Path, metavar="PATH", help="new folder (checkpoint) or new file")
     export.add_argument(

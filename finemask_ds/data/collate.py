@@ -125,9 +125,10 @@ def rank_share(batch_size: int, world_size: int, micro_batch_size: int) -> int:
         UserError: the batch cannot be cut evenly into ranks and micro-batches.
     """
     if batch_size < 1 or batch_size % (world_size * max(micro_batch_size, 1)):
-        shares = f"{world_size} ranks" + (f" x micro-batches of {micro_batch_size}" if micro_batch_size else "")
-        raise UserError(f"--batch_size {batch_size} is not divisible by {shares}; type a multiple of "
-                        f"{world_size * max(micro_batch_size, 1)}")  # fmt: skip
+        raise UserError(
+            f"--batch_size {batch_size} is not ranks x micro-batch x accumulation, {world_size} x "
+            f"{max(micro_batch_size, 1)} x n; type a multiple of {world_size * max(micro_batch_size, 1)}"
+        )
     return batch_size // world_size
 
 

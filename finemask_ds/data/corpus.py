@@ -14,6 +14,7 @@ import numpy as np
 
 from finemask_ds.data.once import build_once
 from finemask_ds.data.sources import TextFiles, find_text, read_documents, text_bytes
+from finemask_ds.data.text import plain_backend
 from finemask_ds.errors import UserError
 from finemask_ds.run import cache_dir, content_hash, read_json, write_json
 
@@ -103,12 +104,7 @@ class _Packer:
     def __init__(self, tokenizer: TextTokenizer, seq_len: int) -> None:
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise UserError("the tokenizer has no [CLS] and [SEP]; type a --model of the BERT or RoBERTa kind")
-        # A copy, because transformers switches truncation and padding on and off in the one it was given.
-        backend = tokenizer.backend_tokenizer
-        self.backend = type(backend).from_str(backend.to_str())
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # tokenizers' name for: special tokens in the text are text
+        self.backend = plain_backend(tokenizer)
         self.ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.seq_len = seq_len
         self.dtype = np.dtype(np.uint16 if max(self.backend.get_vocab().values()) < 1 << 16 else np.uint32)

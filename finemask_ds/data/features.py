@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finemask_ds.data.collate import EpochOrders, rank_share
 from finemask_ds.data.tasks import Examples, Task
+from finemask_ds.data.text import plain_backend
 from finemask_ds.errors import UserError
 
 TEXTS_AT_ONCE = 4096  # handed to the tokenizer: enough for all its threads, few enough to hold
@@ -110,16 +111,12 @@ def class_features(task: Task, examples: Examples, tokenizer: PairTokenizer, seq
 
 
 def own_backend(tokenizer: PairTokenizer) -> Any:
-    """A copy of the `tokenizers.Tokenizer` inside, which neither truncates nor pads and takes all text for text.
+    """See `plain_backend`.
 
     Raises:
         UserError: it does not put a [CLS] before what it reads, so that no head would know where to look.
     """
-    backend = tokenizer.backend_tokenizer
-    backend = type(backend).from_str(backend.to_str())  # transformers changes the settings of the one it holds
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # tokenizers' name for: special tokens in the text are text
+    backend = plain_backend(tokenizer)
     if tokenizer.cls_token_id is None or backend.encode("").ids[:1] != [tokenizer.cls_token_id]:
         raise UserError("the tokenizer puts no [CLS] before a text; type a --model of the BERT or RoBERTa kind")
     return backend

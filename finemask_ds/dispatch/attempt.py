@@ -56,11 +56,6 @@ class Attempt:
         """Who runs it, dead or alive; None after a tidy end."""
         return Lock(self.folder / "lock").holder()
 
-    def is_alive(self, stale_sec: float) -> bool:
-        """Whether its process is known to live."""
-        holder = self.holder()
-        return holder is not None and not holder.is_dead(stale_sec)
-
     def facts(self) -> dict[str, Any]:
         """Host, pid, start (seconds since 1970) and log."""
         return _dict(self.folder / "attempt.json")

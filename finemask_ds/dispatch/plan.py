@@ -9,14 +9,13 @@ ROOT/estimate.json                     measured costs (`dispatch.estimate`)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,23 +23,25 @@ from finemask_ds.config import FinetuneConfig
 from finemask_ds.data.tasks import task_named
 from finemask_ds.errors import UserError
 from finemask_ds.lock import STALE_SEC, Lock
-from finemask_ds.run import content_hash, read_json, write_json
+from finemask_ds.run import content_hash, file_sha256, mask_file, read_json, write_json
 
 PLAN_VERSION = 1
 RETRIES = 2
-_MASK = "mask.safetensors"
 
 
-@dataclass(frozen=True)
-class MaskFacts:
+class MaskFacts(NamedTuple):
     """What a mask file's header tells; its bits are verified where they are used."""
 
     method: str
     """As in its provenance."""
-    sha256: str
+    sha256: str | None
     """Of the file's bytes."""
-    bits: str
+    bits: str | None
     """16 hex of a hash over names, shapes and bits: the same for the same mask, whenever and wherever it was made."""
+
+
+FULL = MaskFacts("full", None, None)
+"""Those of no mask."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,21 @@ class Cell:
         Raises:
             UserError: for an unknown task or option, a value that cannot be, a mask that is missing or no mask file.
         """
-        options = {**options, "task": task_named(str(options.get("task", ""))).name}
         defaults = FinetuneConfig.defaults()
-        if unknown := sorted(options.keys() - defaults.keys()):
+        asked = {"seed": defaults["seed"], **options, "task": task_named(str(options.get("task", ""))).name}
+        if unknown := sorted(asked.keys() - defaults.keys()):
             raise UserError(f"--{unknown[0]} is no option of a fine-tuning; valid are {' '.join(sorted(defaults))}")
-        FinetuneConfig(**options)
-        named = {"task", "seed"}
-        options = {"seed": defaults["seed"], **options}
-        options = {key: value for key, value in options.items() if key in named or value != defaults[key]}
-        content = {key: value for key, value in options.items() if key not in FinetuneConfig.volatile}
-        method, sha256, bits = "full", None, None
-        if options.get("mask"):
-            options["mask"] = str(mask_file(options["mask"]))
-            facts = described or describe_mask(options["mask"])
-            method, sha256, bits = facts.method, facts.sha256, facts.bits
-            content["mask"] = bits
-        start = re.sub(r"[^\w.+-]+", "-", f"{options['task']}-{method}-seed{options['seed']}")
+        FinetuneConfig(**asked)
+        told = {key: value for key, value in asked.items() if key in ("task", "seed") or value != defaults[key]}
+        content = {key: value for key, value in told.items() if key not in FinetuneConfig.volatile}
+        facts = FULL
+        if told.get("mask"):
+            told["mask"] = str(mask_file(told["mask"]))
+            facts = described or describe_mask(told["mask"])
+            content["mask"] = facts.bits
+        start = re.sub(r"[^\w.+-]+", "-", f"{told['task']}-{facts.method}-seed{told['seed']}")
         digest = content_hash(json.dumps(content, sort_keys=True))[:8]
-        return cls(f"{start}-{digest}", options, method, sha256, bits)
+        return cls(f"{start}-{digest}", told, *facts)
 
     @property
     def task(self) -> str:
@@ -213,11 +211,6 @@ def sweep(
     return list({cell.id: cell for cell in cells}.values())
 
 
-def mask_file(path: str | os.PathLike[str]) -> Path:
-    """The mask file that a path names: itself, or the mask of a search's run directory."""
-    return Path(path) / _MASK if Path(path).is_dir() else Path(path)
-
-
 def describe_mask(path: str | os.PathLike[str]) -> MaskFacts:
     """What a mask file tells of itself.
 
@@ -230,18 +223,12 @@ def describe_mask(path: str | os.PathLike[str]) -> MaskFacts:
         if found.get("format") == "finemask":
             method = json.loads(found["provenance"]).get("method")
             bits = content_hash(found["shapes"], found["sha256"])
-            return MaskFacts(str(method or "imported"), _sha256(path), bits)
+            return MaskFacts(str(method or "imported"), file_sha256(path), bits)
     except FileNotFoundError as error:
-        raise UserError(f"there is no mask file {path}: type the path of one, such as RUN/{_MASK}") from error
+        raise UserError(f"there is no mask file {path}: type the path of one, such as RUN/mask.safetensors") from error
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
         pass  # what cannot be read is no mask file either
-    raise UserError(f"{path} is no mask file: type the path of a file such as RUN/{_MASK}")
-
-
-def _sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    raise UserError(f"{path} is no mask file: type the path of a file such as RUN/mask.safetensors")
 
 
 def _folder_name(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finemask_ds.data.collate import rank_share
 from finemask_ds.engine.scaling import LossScale
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
@@ -45,13 +46,8 @@ class Batching:
         Raises:
             UserError: where the numbers do not divide.
         """
-        per_rank, rest = divmod(batch_size, world_size)
+        per_rank = rank_share(batch_size, world_size, micro_batch_size)
         micro = micro_batch_size or per_rank
-        if rest or per_rank == 0 or per_rank % micro:
-            raise UserError(
-                f"--batch_size {batch_size} is not ranks x micro-batch x accumulation, {world_size} x {micro or 1} x n;"
-                f" type a multiple of {world_size * max(micro, 1)}"
-            )
         return cls(micro, per_rank // micro)
 
     def describe(self, world_size: int) -> str:

@@ -41,14 +41,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, value: int) -> int:
-        """The largest ``value`` of all ranks."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor.item())
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

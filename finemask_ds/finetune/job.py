@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.foreign import refuse_existing
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.downstream import SPAN, Downstream, load_downstream
-from finemask_ds.run import Run
+from finemask_ds.run import file_sha256, mask_file
 
 C = TypeVar("C", bound=CellKnobs)
 
@@ -43,10 +42,8 @@ class MaskFile:
     @classmethod
     def read(cls, name: str) -> MaskFile:
         """Read a mask file, or the mask of a run directory; UserError for anything that is none."""
-        path = Path(name).expanduser()
-        if path.is_dir():
-            path = Run(path).mask
-        return cls(load_mask(path), path, sha256(path.read_bytes()).hexdigest())
+        path = mask_file(name)
+        return cls(load_mask(path), path, file_sha256(path))
 
 
 def with_model(config: C, masks: Sequence[str]) -> C:

@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
-from finemask_ds.run import atomic_write
+from finemask_ds.run import atomic_write, mask_file
 
 FORMAT = "finemask"
 FORMAT_VERSION = "1"
@@ -37,13 +36,13 @@ def save_mask(path: str | os.PathLike[str], mask: Mask) -> None:
 
 
 def load_mask(path: str | os.PathLike[str]) -> Mask:
-    """Read a mask and verify all of it.
+    """Read a mask, from its file or a search's run directory, and verify all of it.
 
     Raises:
         UserError: where the file is missing, no mask file, of another version, truncated, or changed since it
             was written, be it a bit or a word of its provenance.
     """
-    path = Path(path)
+    path = mask_file(path)
     if not path.is_file():
         raise UserError(f"there is no mask file {path}: type the path of a file such as RUN/mask.safetensors")
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.initialise import ranked
 
 LEAST_FALL = 1e-5
@@ -39,16 +40,20 @@ class Reconstruction:
     def __post_init__(self) -> None:
         self.mask = self.mask.clone()
         self._own = self.weight.square() * self.gram.diag()
-        self._gradient = (self.weight * self.mask) @ self.gram - self.cross
+        self._gradient = masked(self.weight, self.mask) @ self.gram - self.cross
         # Numbers in place of conditions: on CPUs torch computes with them many times as fast.
         self._twice = self.weight * torch.where(self.mask, -2.0, 2.0)
         self._barred = {kept: torch.where(self.mask == kept, 0.0, torch.inf) for kept in (False, True)}
-        self._best = {kept: (self._own.new_empty(len(self._own)), self._own.argmin(dim=1)) for kept in (False, True)}
+        num_rows = len(self.weight)
+        self._best = {
+            kept: (self._own.new_empty(num_rows), self._own.new_empty(num_rows, dtype=torch.int64))
+            for kept in (False, True)
+        }
         self._look(torch.arange(len(self.weight), device=self.weight.device))
 
     def error(self) -> Tensor:
         """Scalar: what the mask errs by, less the sum of |y|^2, which no mask changes."""
-        return ((self.weight * self.mask) * (self._gradient - self.cross)).sum()
+        return (masked(self.weight, self.mask) * (self._gradient - self.cross)).sum()
 
     def rises(self) -> Tensor:
         """fp32 [rows, columns]: what the error rises by where one weight is flipped, negative where it falls."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
-from finemask_ds.models.families import Family, family_of
+from finemask_ds.models.families import Family, family_of, max_positions
 from finemask_ds.models.load import backbone_sha256, loading, quiet_transformers
 
 SPAN = "span"
@@ -34,10 +34,8 @@ class Downstream:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence in tokens (RoBERTa's positions start after the padding index)."""
-        config: Any = self.model.config
-        offset = config.pad_token_id + 1 if self.family.backbone == "roberta" else 0
-        return config.max_position_embeddings - offset
+        """Longest sequence in tokens."""
+        return max_positions(self.model)
 
     def fitted(self, mask: Mask, called: str) -> Mask:
         """The mask's matrices that this model has: a pooler is no part of a span model.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -113,6 +113,13 @@ def prunable(model: nn.Module, targets: str = "paper") -> dict[str, Place]:
     if missing := set(wanted) - {place.role for place in places.values()}:
         raise UserError(f"--targets {targets} wants {', '.join(sorted(missing))}, which this model does not have")
     return places
+
+
+def max_positions(model: nn.Module) -> int:
+    """Longest sequence in tokens (RoBERTa's positions start after the padding index: 514 rows, 512 tokens)."""
+    config: Any = model.config
+    offset = config.pad_token_id + 1 if family_of(config.model_type).backbone == "roberta" else 0
+    return config.max_position_embeddings - offset
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from finemask_ds.masks.foreign import read_foreign
 from finemask_ds.masks.mask import Mask, Shape
 from finemask_ds.models.load import add_pooler, load_pretrained
+from finemask_ds.run import file_sha256
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ def import_mask(source: Path, model: str, called: str | None = None) -> Imported
     mask.check({name: shapes[name] for name in ours}, "the prunable part of the model")
     if any(places[name].role == "pooler" for name in mask):
         digest = pretrained.digest()  # A search that prunes the pooler counts it to theta_0.
-    with open(source, "rb") as stream:
-        source_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     provenance = {
         "model": called or model,
         "model_sha256": digest,
         "method": "imported",
         "format": foreign.format,
         "source": source.name,
-        "source_sha256": source_sha256,
+        "source_sha256": file_sha256(source),
         "finemask_ds": version("finemask_ds"),
     }
     absent = {name: shape for name, shape in shapes.items() if name not in mask}

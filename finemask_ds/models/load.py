@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finemask_ds.errors import UserError
-from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, prunable
+from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, max_positions, prunable
 from finemask_ds.run import disk_full_is_user_error
 
 
@@ -52,21 +52,15 @@ class Pretrained:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence in tokens (RoBERTa's positions start after the padding index: 514 rows, 512 tokens)."""
-        config: Any = self.model.config
-        offset = config.pad_token_id + 1 if self.family.backbone == "roberta" else 0
-        return config.max_position_embeddings - offset
+        """Longest sequence in tokens."""
+        return max_positions(self.model)
 
     def digest(self) -> str:
         """Which theta_0 this is, whatever file it came from; see ``backbone_sha256``."""
         return backbone_sha256(self.model)
 
-    def head_state(self) -> dict[str, Tensor]:
-        """Copies of the MLM head's parameters by name."""
-        return {name: parameter.detach().clone() for name, parameter in head_parameters(self.model).items()}
-
     def load_head(self, state: Mapping[str, Tensor]) -> None:
-        """Put the values of ``head_state`` back, in place."""
+        """Put other values into the MLM head's parameters, by name, in place."""
         with torch.no_grad():
             for name, parameter in head_parameters(self.model).items():
                 parameter.copy_(state[name])
@@ -196,6 +190,8 @@ def _silence() -> Iterator[None]:
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
     """Turn the loader's failures into one sentence."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"--model {name}: there is no such folder; type one with config.json and model.safetensors")
     try:
         with _silence():
             yield

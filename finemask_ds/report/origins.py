@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from finemask_ds.config import VOLATILE
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
-from finemask_ds.run import Run, read_json
+from finemask_ds.run import Run, file_sha256, read_json
 
 _NOT_SETTINGS = VOLATILE | {"method", "config_version", "seed", "sparsity", "steps", "schedule_steps", "interval_steps"}
 """Knobs in which masks of one method may differ: by these it is varied, and they are axes of the figures."""
@@ -123,8 +122,7 @@ class Origins:
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:
-            with open(path, "rb") as stream:
-                self._hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            self._hashes[path] = file_sha256(path)
         return self._hashes[path]
 
 

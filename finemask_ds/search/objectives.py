@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finemask_ds.data.collate import IGNORED
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import family_of
 from finemask_ds.models.patch import dense
@@ -23,7 +24,6 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
 }
 """Objective -> the losses that are added up."""
 
-IGNORED = -100
 """Label of a token that is not to be predicted."""
 
 

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finemask_ds.engine.memory import keep_freed_memory
+from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.initialise import ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.swap import Reconstruction
@@ -104,7 +106,8 @@ def reconstruct(
     pruned = copy.deepcopy(dense)
     for place, name in names.items():
         if place.layer is None:
-            pruned.get_parameter(name).mul_(start[name].to(device))
+            weight = pruned.get_parameter(name)
+            weight.copy_(masked(weight, start[name].to(device)))
 
     models = Pair(dense, pruned)
     embeddings = family.embedding.rpartition(".")[0]
@@ -148,39 +151,54 @@ def prune_layer(
     Returns:
         What the layers give, as ``hidden``; role -> ``Reconstruction.sizes``.
     """
-    streams: dict[str, Tensor] = {}
-    """What is read from the residual stream by those whose input another output is added to, then what it has lost."""
-    gives: dict[str, Tensor] = {}
-    grams: dict[str, tuple[Tensor, float]] = {}
-    sizes: dict[str, Tensor] = {}
-
-    def observe(role: str, _: nn.Module, arguments: tuple[Any, ...], given: Tensor) -> None:
-        gives[role] = given.flatten(0, -2)
-        if role in ADDED.values():
-            streams[role] = arguments[0].flatten(0, -2)
-
-    def prune(role: str, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0].flatten(0, -2)
-        if role in ADDED.values():
-            streams[role] = streams[role] - x
-        wanted = gives.pop(role) - module.bias
-        if role in ADDED:
-            wanted += streams[ADDED[role]]
-        if role not in READS_AS:
-            grams[role] = damped_gram(x)
-        gram, damping = grams[READS_AS.get(role, role)]
-        cross = (wanted.T @ x).add_(module.weight, alpha=damping)
-        search = Reconstruction(module.weight, gram, cross, start[role])
-        search.swap()
-        sizes[role] = search.sizes()
-        module.weight.mul_(search.mask)
-
+    search = LayerSearch(start)
     with ExitStack() as hooks:
         for role, path in paths.items():
             matrices = Pair(*(layer.get_submodule(path) for layer in layers))
-            hooks.enter_context(matrices.dense.register_forward_hook(partial(observe, role)))
-            hooks.enter_context(matrices.pruned.register_forward_pre_hook(partial(prune, role)))
-        return Pair(*map(output, layers, hidden)), sizes
+            hooks.enter_context(matrices.dense.register_forward_hook(partial(search.observe, role)))
+            hooks.enter_context(matrices.pruned.register_forward_pre_hook(partial(search.prune, role)))
+        return Pair(*map(output, layers, hidden)), search.sizes
+
+
+@dataclass
+class LayerSearch:
+    """What is known of a layer while its inputs pass through it, by role; theta_0's layer comes first."""
+
+    start: Mapping[str, Tensor]
+    """bool [rows, columns]."""
+    gave: dict[str, Tensor] = field(default_factory=dict)
+    """What theta_0's matrix gives, [tokens, rows], until the pruned one's turn."""
+    read: dict[str, Tensor] = field(default_factory=dict)
+    """What theta_0's residual stream is before an output is added to it, [tokens, columns]."""
+    lost: dict[str, Tensor] = field(default_factory=dict)
+    """The same less the pruned model's."""
+    grams: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    """See ``damped_gram``."""
+    sizes: dict[str, Tensor] = field(default_factory=dict)
+    """Found so far."""
+
+    def observe(self, role: str, _: nn.Module, arguments: tuple[Any, ...], given: Tensor) -> None:
+        """Note what theta_0's matrix reads and gives."""
+        self.gave[role] = given.flatten(0, -2)
+        if role in ADDED.values():
+            self.read[role] = arguments[0].flatten(0, -2)
+
+    def prune(self, role: str, module: nn.Linear, arguments: tuple[Any, ...]) -> None:
+        """Search the mask of a matrix that is about to read its inputs, and multiply it in."""
+        x = arguments[0].flatten(0, -2)
+        if role in self.read:
+            self.lost[role] = self.read.pop(role) - x
+        wanted = self.gave.pop(role) - module.bias
+        if role in ADDED:
+            wanted += self.lost[ADDED[role]]
+        if role not in READS_AS:
+            self.grams[role] = damped_gram(x)
+        gram, damping = self.grams[READS_AS.get(role, role)]
+        cross = (wanted.T @ x).add_(module.weight, alpha=damping)
+        search = Reconstruction(module.weight, gram, cross, self.start[role])
+        search.swap()
+        self.sizes[role] = search.sizes()
+        module.weight.copy_(masked(module.weight, search.mask))
 
 
 def damped_gram(x: Tensor) -> tuple[Tensor, float]:

@@ -141,7 +141,7 @@ def test_another_seed_is_another_order_and_another_masking():
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_sentence():
-    with pytest.raises(UserError, match=r"--batch_size 10 .* 4 ranks x micro-batches of 2; .* 8"):
+    with pytest.raises(UserError, match=r"--batch_size 10 is not .*, 4 x 2 x n; type a multiple of 8"):
         TrainBatches(some_blocks(9), TOKENS, batch_size=10, seed=0, world_size=4, micro_batch_size=2)
     with pytest.raises(UserError, match="no training blocks"):
         TrainBatches(some_blocks(0), TOKENS, batch_size=1, seed=0)

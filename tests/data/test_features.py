@@ -197,7 +197,7 @@ def test_a_rank_without_rows_gets_a_filling_that_counts_nothing():
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_sentence():
-    with pytest.raises(UserError, match=r"--batch_size 10 .* 4 ranks x micro-batches of 2; .* 8"):
+    with pytest.raises(UserError, match=r"--batch_size 10 is not .*, 4 x 2 x n; type a multiple of 8"):
         TaskBatches(numbered(9), batch_size=10, seed=0, world_size=4, micro_batch_size=2)
 
 

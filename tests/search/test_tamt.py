@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from finemask_ds.config import TamtConfig
+from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.run import Run
+from finemask_ds.session import search
 from tests.pool import RankPool
 from tests.search import jobs
 
@@ -149,6 +151,28 @@ def test_the_masks_learn_and_nothing_else_moves(toy_bert: Path, toy_text: Path, 
     heads = {name for name in jobs.last_values(mlm) if not name.endswith(".scores")}
     assert heads
     assert all(name.startswith("cls.") for name in heads)
+
+
+@pytest.mark.parametrize("missing", ["data", "deepspeed"])
+def test_what_is_missing_is_told_before_anything_is_made(toy_text: Path, tmp_path: Path, missing: str) -> None:
+    """The built-in model would be trained for minutes first."""
+    typed = {"model": "builtin", "data": str(toy_text), "run": str(tmp_path / "run")}
+    config = TamtConfig(**{**typed, missing: str(tmp_path / "none.json")})
+    with pytest.raises(UserError, match=r"none\.json"):
+        search(config, jobs.World())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_with_nothing_kept_of_a_matrix_goes_on(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    """Its threshold is infinite, which a checkpoint must hold too."""
+    whole, broken = (
+        jobs.tamt(tmp_path / name, toy_bert, toy_text, sparsity=0.9997, steps=12) for name in ("whole", "broken")
+    )
+    jobs.find(whole)
+    jobs.killed_after(jobs.World(), broken, 5)
+    jobs.find(broken)
+    assert mask_of(whole) == mask_of(broken)
+    assert 0 in [mask_of(whole).num_kept(name) for name in mask_of(whole)]
 
 
 def test_a_search_that_goes_on_keeps_its_start(
