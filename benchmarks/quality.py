@@ -24,17 +24,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finemask_ds.dispatch.plan import Plan, sweep
 from finemask_ds.provenance import collect
 from finemask_ds.recipes.stages import REPOSITORY
+from finemask_ds.report.style import panels, style
 from finemask_ds.report.table import markdown
-from finemask_ds.run import Run, read_json, write_json
+from finemask_ds.run import Run, atomic_write, read_json, write_json
 
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Eta
 from benchmarks.downstream import SMALL, complete, cut_data, options
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 KEPT = REPOSITORY / "results/quality"
 KEPT_SCORES = KEPT / "downstream"
@@ -207,55 +211,72 @@ def results(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[dict[str, 
 
 
 def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
+    """Losses as a search logs them, which for MLM is with the head that trains along; beside them with theta_0's."""
     rows = []
     for (group, setting, steps), kept in sorted(found.items()):
         losses = [one["curve"][-1][1] for one in kept]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        old_head = f"{statistics.mean(one['dev']['mlm_loss'] for one in kept):.4f}" if group.startswith("mlm") else "-"
         seconds = statistics.mean(_seconds(one, steps) for one in kept)
-        rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", str(len(losses)),
+        rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", old_head, str(len(losses)),
                      f"{seconds:.0f}", f"{kept[0]['distance_from_omp']:.3f}"])  # fmt: skip
-    return markdown(["", "start, mask rate", "steps", "dev loss", "seeds", "seconds", "from OMP"], rows)
+    return markdown(
+        ["", "start, mask rate", "steps", "dev loss", "theta_0's head", "seeds", "seconds", "from OMP"], rows
+    )
 
 
 def _seconds(kept: Mapping[str, Any], steps: int) -> float:
-    """Of the start and so many steps, evaluations apart; the first files were kept without the start's."""
+    """Of the start and so many steps, evaluations apart; the first files were kept without the start's.
+
+    What a step takes after the optimizer's part of it is in files of commits after 3da2eee only.
+    """
     return kept.get("start_sec", 0.0) + kept["step_sec"] * steps
 
 
 def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path) -> None:
-    """Dev loss against steps and against seconds, a row of panels for each objective and sparsity."""
-    import matplotlib
+    """Dev loss against steps and against seconds, a row of panels for each objective and sparsity.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Long searches are lines, short ones lines with dots; `binary` is dashed, and the paper's rate black.
+    """
     curves = Counter(group for group, _, _ in found)
     groups = sorted(group for group, number in curves.items() if number > 1)  # One curve compares nothing.
-    figure, axes = pyplot.subplots(len(groups), 2, figsize=(10, 3.4 * len(groups)), squeeze=False)
     settings = sorted({setting for _, setting, _ in found})
-    for row, group in zip(axes, groups, strict=True):
-        labelled: set[str] = set()
-        for (of, setting, steps), kept in sorted(found.items()):
-            if of != group:
-                continue
-            color = f"C{settings.index(setting)}"
-            for one in kept:
-                x, y = zip(*one["curve"], strict=True)
-                label = None if setting in labelled else setting
-                labelled.add(setting)
-                style = {"color": color, "label": label, "linewidth": 1, "marker": "o" if steps < LONG else None}
-                row[0].plot(x, y, **style)
-                row[1].plot([_seconds(one, step) for step in x], y, **style)
-        for axis, what in zip(row, ("steps", "seconds on one core"), strict=True):
-            axis.set(xscale="log", yscale="log", xlabel=what, ylabel=f"dev {group.split('-')[0].upper()} loss",
-                     title=f"{group.split('-')[1]} % sparsity")  # fmt: skip
-            axis.grid(alpha=0.3, which="both")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("")
-        row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with style():
+        figure, axes = panels(len(groups), 2, 2.6)
+        for row, group in zip(axes, groups, strict=True):
+            objective, percent = group.split("-")
+            for (of, setting, steps), kept in sorted(found.items()):
+                if of != group:
+                    continue
+                is_papers = setting == f"binary {PAPER_LR[objective]:g}"
+                line = {
+                    "color": "black" if is_papers else f"C{settings.index(setting)}", "linewidth": 1, "markersize": 3,
+                    "linestyle": "--" if setting.startswith("binary") else "-",
+                    "marker": None if steps == LONG else "o",
+                }  # fmt: skip
+                for one in kept:
+                    x, y = zip(*one["curve"], strict=True)
+                    row[0].plot(x, y, **line)
+                    row[1].plot([_seconds(one, step) for step in x], y, label=setting, **line)
+            loss = "KD loss" if objective == "kd" else "MLM loss, own head"
+            for axis, against in zip(row, ("steps", "seconds on one core"), strict=True):
+                axis.set(xscale="log", yscale="log", xlabel=against, ylabel=f"dev {loss}",
+                         title=f"{objective.upper()}, {percent} % sparsity")  # fmt: skip
+                _label(axis.xaxis, (50, 100, 200, 500, 1000, 2000))
+                _label(axis.yaxis, (0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 4, 5, 6))
+            keys = dict(zip(*reversed(row[1].get_legend_handles_labels()), strict=True))
+            told = "lines: 2,000 steps\ndots: 200 and 100"
+            row[1].legend(keys.values(), keys, fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1),
+                          title=told)  # fmt: skip
+        with atomic_write(path, "wb") as stream:
+            figure.savefig(stream, format="png")
+
+
+def _label(axis: Axis, values: Sequence[float]) -> None:
+    """Ticks at those of the values that are in view."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks([value for value in values if low <= value <= high], [f"{v:,g}" for v in values if low <= v <= high])
+    axis.set_minor_formatter("")
 
 
 def main() -> None:

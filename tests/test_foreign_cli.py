@@ -161,7 +161,7 @@ def test_a_model_under_torch_prune_loads_the_export_strictly_and_is_the_subnetwo
             prune.custom_from_mask(module, "weight", torch.zeros(module.weight.shape))
     model.load_state_dict(torch.load(file, weights_only=True), strict=True)
     subnetwork = load_pretrained(str(toy_bert), targets=targets)
-    apply_mask(subnetwork, mask)
+    apply_mask(subnetwork.model, mask)
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens).logits, subnetwork.model(tokens).logits)

@@ -29,7 +29,7 @@ PACKAGE = REPOSITORY / "finemask_ds"
 FLOORS = ("masks", "models", "data", "engine", "search", "finetune", "dispatch", "analysis", "report", "recipes")
 """Top to bottom: a folder may import only from folders above it, and from the modules that belong to no floor."""
 GROUND = {"config", "run", "errors", "provenance", "lock", "signals", "units", "pdsh", "hostprocess"}
-TOP = {"options", "session", "downstream", "cli", "commands", "serve", "doctor", "supervise", "__main__"}
+TOP = {"__init__", "options", "session", "downstream", "cli", "commands", "serve", "doctor", "supervise", "__main__"}
 """Modules at the very bottom of the house, which may import anything."""
 
 

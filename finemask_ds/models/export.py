@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,51 @@ from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.foreign import refuse_existing, write_prune, write_tamt
 from finemask_ds.masks.mask import Mask
-from finemask_ds.models.load import Pretrained, add_pooler, load_pretrained, save_pretrained
+from finemask_ds.models.families import Family, family_of
+from finemask_ds.models.load import add_pooler, load_pretrained, save_pretrained
 from finemask_ds.models.patch import untie_decoder
 
 
-def apply_mask(pretrained: Pretrained, mask: Mask) -> None:
-    """Multiply theta_0 by the mask, in place; the MLM decoder keeps the unmasked embedding, as losses are measured.
+def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
+    """Multiply the weights of a transformers model by a mask, in place.
+
+    Args:
+        model: of a known family, with any head or none; an MLM decoder keeps the unmasked embedding, as losses are
+            measured.
+        mask: of its backbone; a pooler that the model lacks is left out.
+        hold: whether the pruned weights' gradients are to be zero from now on. Whatever trains the model then, with an
+            optimizer that has not begun, leaves those weights at zero.
 
     Raises:
-        UserError: where the mask is for another model.
+        UserError: where the mask is for another model, or its family is unknown.
     """
-    parameters = dict(pretrained.model.named_parameters())
-    mask.check({name: tuple(parameters[name].shape) for name in mask if name in parameters})
-    if f"{pretrained.family.embedding}.weight" in mask:
-        untie_decoder(pretrained.model)
-        decoder: Any = pretrained.model.get_submodule(pretrained.family.decoder)
+    family, parameters = family_of(model.config.model_type), dict(model.named_parameters())  # type: ignore[union-attr,arg-type]
+    own = {name: name if name in parameters else name.removeprefix(f"{family.backbone}.") for name in mask}
+    lacked = {name for name in mask if own[name] not in parameters and _is_pooler(family, name)}
+    shapes = {name: tuple(parameters[place].shape) for name, place in own.items() if place in parameters}
+    Mask({name: keep for name, keep in mask.items() if name not in lacked}).check(shapes)
+    if own.get(f"{family.embedding}.weight") in parameters and _has(model, family.decoder):
+        untie_decoder(model)
+        decoder: Any = model.get_submodule(family.decoder)
         # Untied, the bias is also looked for under the decoder's own name.
         decoder.bias = nn.Parameter(decoder.bias.detach().clone())
-        pretrained.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     with torch.no_grad():
-        for name, keep in mask.items():
-            parameters[name].copy_(masked(parameters[name], keep))
+        for name in shapes:
+            weight = parameters[own[name]]
+            keep = mask[name].to(weight.device)
+            weight.copy_(masked(weight, keep))
+            if hold:
+                weight.register_hook(partial(masked, mask=keep))
+
+
+def _is_pooler(family: Family, name: str) -> bool:
+    place = family.place(name)
+    return place is not None and place.role == "pooler"
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return path in dict(model.named_modules())
 
 
 def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:
@@ -45,7 +70,7 @@ def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:
     mask = load_mask(mask_file)
     pretrained = load_pretrained(model)
     add_pooler(pretrained.model, model)  # A downstream task may start from it.
-    apply_mask(pretrained, mask)
+    apply_mask(pretrained.model, mask)
     save_pretrained(pretrained, out)
     return out
 
@@ -82,8 +107,7 @@ def _mask_and_weights(mask_file: Path, model: str) -> tuple[Mask, dict[str, Tens
     """A mask and the state dict of its model, with a pooler only where the mask prunes it."""
     mask = load_mask(mask_file)
     pretrained = load_pretrained(model)
-    places = [pretrained.family.place(name) for name in mask]
-    if any(place is not None and place.role == "pooler" for place in places):
+    if any(_is_pooler(pretrained.family, name) for name in mask):
         add_pooler(pretrained.model, model)
     return mask, pretrained.model.state_dict()
 

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
+import finemask_ds
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import save_mask
 from finemask_ds.masks.mask import Mask
@@ -120,6 +122,37 @@ def test_an_export_predicts_as_it_was_measured(tmp_path: Path, toy_bert: Path, t
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, pretrained.model(tokens).logits)
     assert load_pretrained(str(out)).has_head
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_mask_holds_in_any_model_of_transformers(toy_bert: Path, toy_roberta: Path, family: str, kind: Any) -> None:
+    """Whatever stands on the backbone, and however it is trained: decay, momentum and clipping move no zero."""
+    folder = toy_bert if family == "bert" else toy_roberta
+    mask = Mask.random(load_pretrained(str(folder)).shapes, 0.7, seed=1)
+    model = kind.from_pretrained(folder)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    finemask_ds.apply_mask(model, mask, hold=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(4):
+        tokens = torch.arange(3 + step, 11 + step)[None]
+        model(tokens)[0].square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = dict(model.named_parameters())
+    for name, keep in mask.items():
+        own = name if name in after else name.partition(".")[2]
+        assert not after[own][~keep].any()
+        assert (after[own] != before[own])[keep].any()
+
+
+def test_a_mask_of_another_model_is_not_applied(toy_bert: Path) -> None:
+    model = AutoModel.from_pretrained(toy_bert)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(UserError, match="the mask is for another model"):
+        finemask_ds.apply_mask(model, Mask.random({"bert.encoder.layer.0.output.dense.weight": (3, 5)}, 0.5, seed=0))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def test_an_export_loads_anywhere_with_exact_zeros(tmp_path: Path, toy_bert: Path) -> None:
