@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from finemask_ds.config import (
     TamtConfig,
     TamtRecipeConfig,
 )
+from finemask_ds.masks.files import load_mask
 from finemask_ds.options import parse, parser_for
 from tests.conftest import REPOSITORY
 
@@ -137,9 +139,13 @@ def test_links_and_commands_in_markdown_are_real(path: Path) -> None:
                 _parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
-def test_the_python_of_the_readme_is_about_ten_lines_and_its_names_exist() -> None:
-    """Everything up to the search itself is run; tests/test_launchers.py runs the same search by its recipe."""
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+def test_the_python_of_the_readme_is_short_and_runs(toy_bert: Path, toy_mask: Path) -> None:
+    """All but the search itself, which tests/test_launchers.py runs by its recipe; a mask on a model that is at hand."""
+    code, of_your_own = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    model: dict[str, Any] = {}
+    exec(of_your_own.replace("bert-base-uncased", str(toy_bert)).replace("runs/a", str(toy_mask)), model)
+    weights, mask = dict(model["model"].named_parameters()), load_mask(toy_mask)
+    assert all(not weights[name][~keep].any() for name, keep in mask.items())
     before, found, _ = code.partition("result = search(config)")
     assert found
     assert len(code.splitlines()) <= 10
