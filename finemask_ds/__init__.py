@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from finemask_ds.masks.files import load_mask, save_mask
     from finemask_ds.masks.mask import Mask
     from finemask_ds.models.export import apply_mask
-    from finemask_ds.session import search
 
-__all__ = ["ImpConfig", "MagnitudeConfig", "Mask", "TamtConfig", "apply_mask", "load_mask", "save_mask", "search"]
+__all__ = ["ImpConfig", "MagnitudeConfig", "Mask", "TamtConfig", "apply_mask", "load_mask", "save_mask"]
 
-_FROM = {"Mask": "masks.mask", "apply_mask": "models.export", "load_mask": "masks.files", "save_mask": "masks.files",
-         "search": "session"}  # fmt: skip
+_FROM = {"Mask": "masks.mask", "apply_mask": "models.export", "load_mask": "masks.files", "save_mask": "masks.files"}
 
 
 def __getattr__(name: str) -> Any:

@@ -140,7 +140,7 @@ def test_links_and_commands_in_markdown_are_real(path: Path) -> None:
 
 
 def test_the_python_of_the_readme_is_short_and_runs(toy_bert: Path, toy_mask: Path) -> None:
-    """All but the search itself, which tests/test_launchers.py runs by its recipe; a mask on a model that is at hand."""
+    """All but the search itself, which tests/test_launchers.py runs by its recipe; the mask on a model at hand."""
     code, of_your_own = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
     model: dict[str, Any] = {}
     exec(of_your_own.replace("bert-base-uncased", str(toy_bert)).replace("runs/a", str(toy_mask)), model)
