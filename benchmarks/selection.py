@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.world import this_process
 from finemask_ds.masks.binarize import has_kernels
 from finemask_ds.masks.select import SCOPES, num_kept, select
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "results/selection.json", help="keeps the cells")
     arguments = parser.parse_args()
     cells, device = Cells(arguments.out), this_process().device
+    keep_freed_memory(device)  # As every search does.
     sizes = ["bert_base", *(size for size, number in SIZES.items() if number <= arguments.most)]
     names = [f"cold-{size}-{scope}" for size in sizes for scope in SCOPES]
     names += [f"warm-bert_base-{scope}" for scope in SCOPES]

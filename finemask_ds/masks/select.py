@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ ABOUT = 1 / 32
 """Share of an old threshold by which a new one is first sought to either side of it."""
 NAN = "the scores hold NaN, which has no rank: lower the learning rate or check the weights"
 _SORTED_AT_ONCE = 4_096
+_CHUNK = 1 << 20
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""``map``, or that of a pool of threads."""
 
 
 class Selection(NamedTuple):
@@ -73,20 +76,22 @@ def select(
     if scope not in SCOPES:
         raise UserError(f"scope {scope!r} is unknown: type one of {', '.join(SCOPES)}")
     allowed = {name: None if within is None else within[name] for name in scores}
+    # numpy computes without holding the interpreter, so that as many matrices at once as torch may use threads.
     if scope == "local":
 
         def select_named(name: str) -> Selection:
             k = num_kept(scores[name].numel(), sparsity)
             return select_one(scores[name], k, within=allowed[name], near=near[name] if near else None)
 
-        # numpy computes without holding the interpreter, so that as many matrices at once as torch may use threads.
         # Whatever of torch's ran in such a thread would start as many of its own; what ``within`` needs is torch's.
         with ThreadPoolExecutor(torch.get_num_threads() if within is None else 1) as threads:
             return dict(zip(scores, threads.map(select_named, scores), strict=True))
     k = num_kept(sum(values.numel() for values in scores.values()), sparsity)
     # One threshold serves all matrices, whichever name it is asked for by.
     guess = next(iter(near.values())) if near else None
-    kept, threshold = _largest([_in_order(values, allowed[name]) for name, values in scores.items()], k, guess)
+    pieces = [_in_order(values, allowed[name]) for name, values in scores.items()]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        kept, threshold = _largest(pieces, k, guess, threads.map)
     return {
         name: Selection(_put_back(part, scores[name], allowed[name]), threshold)
         for name, part in zip(scores, kept, strict=True)
@@ -152,13 +157,13 @@ def _put_back(kept: Tensor, scores: Tensor, within: Tensor | None) -> Tensor:
     return mask
 
 
-def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list[Tensor], float]:
+def _largest(pieces: Sequence[Tensor], k: int, near: float | None, each: Each = map) -> tuple[list[Tensor], float]:
     """For each flat piece a bool mask of the k largest of all pieces together, and a threshold of them."""
     number = sum(piece.numel() for piece in pieces)
     if not 0 <= k <= number:
         raise ValueError(f"cannot keep {k} of {number} scores")
     if pieces[0].device.type == "cpu":  # numpy compares and counts faster than torch
-        kept, threshold = _largest_arrays([piece.numpy() for piece in pieces], k, near)
+        kept, threshold = _largest_arrays([piece.numpy() for piece in pieces], k, near, each)
         return [torch.from_numpy(part) for part in kept], float(threshold)
     if any(map(has_nan, pieces)):
         raise UserError(NAN)
@@ -170,47 +175,84 @@ def _largest(pieces: Sequence[Tensor], k: int, near: float | None) -> tuple[list
     return masks, float(value)
 
 
-def _largest_arrays(pieces: Sequence[numpy.ndarray], k: int, near: float | None) -> tuple[list[numpy.ndarray], Any]:
-    """``_largest`` of flat arrays.
+def _largest_arrays(
+    pieces: Sequence[numpy.ndarray], k: int, near: float | None, each: Each
+) -> tuple[list[numpy.ndarray], Any]:
+    """``_largest`` of flat arrays; ``each`` maps over chunks of them.
 
-    Every score is compared with two values, between which the k-th largest lies; only those between are ranked.
+    Every score is compared with two values, between which the k-th largest lies; only those between are ranked. NaN,
+    which neither reaches a value nor is below it, is among them, so that a first selection needs no search for it.
     """
-    if any(piece.size and numpy.isnan(piece.max()) for piece in pieces):
-        raise UserError(NAN)
+    if k == 0 or near is not None:
+        _refuse_nan(pieces, each)
     if k == 0:
         return [numpy.zeros(piece.shape, dtype=bool) for piece in pieces], math.inf
+    kept = [numpy.empty(piece.shape, dtype=bool) for piece in pieces]
+    chunks = [Chunk(*views) for both in zip(pieces, kept, strict=True) for views in zip(*map(_cut, both), strict=True)]
+    low: Any
+    high: Any
     if near is None:
         low, high = _bracket(pieces, _size(pieces), k)
-        kept, reach = _reaching(pieces, high), _reaching(pieces, low)
     else:
-        kept = reach = _reaching(pieces, near)
-        if (number := _count(kept)) == k:  # No score has crossed it.
-            return kept, near
-        if number > k:
-            kept = _reaching(pieces, near + ABOUT * abs(near))
-        else:
-            reach = _reaching(pieces, near - ABOUT * abs(near))
-    if not _count(kept) < k <= _count(reach):  # The sample has misled, or much is equal.
+        if (number := sum(each(lambda chunk: chunk.keep(numpy.greater_equal, near), chunks))) == k:
+            return kept, near  # No score has crossed it.
+        reach = ABOUT * abs(near)
+        low, high = (near, near + reach) if number > k else (near - reach, near)
+    number, between = _part(chunks, low, numpy.greater_equal, high, each)
+    if not number < k <= number + _size(between):  # The sample has misled, or much is equal.
+        _refuse_nan(pieces, each)
         low = _kth_largest(pieces, k)
-        kept, reach = [piece > low for piece in pieces], [piece >= low for piece in pieces]
-    return kept, _fill(kept, reach, pieces, k - _count(kept))
+        number, between = _part(chunks, low, numpy.greater, low, each)
+    return kept, _fill(chunks, between, k - number)
 
 
-def _fill(
-    kept: Sequence[numpy.ndarray], reach: Sequence[numpy.ndarray], pieces: Sequence[numpy.ndarray], room: int
-) -> Any:
-    """Keep also, in place, the ``room`` largest of the scores that reach but are not kept yet; the smallest of them."""
-    # Through indices, which is faster than a bool index where little is taken.
-    at = [numpy.flatnonzero(upper ^ lower) for upper, lower in zip(kept, reach, strict=True)]
-    between = numpy.concatenate([piece[of] for piece, of in zip(pieces, at, strict=True)])
-    threshold = numpy.partition(between, between.size - room)[between.size - room]
-    chosen = between > threshold
-    ties = numpy.flatnonzero(between == threshold)
+class Chunk(NamedTuple):
+    """Scores that are compared at once: few enough to stay in a core's cache between two comparisons."""
+
+    scores: numpy.ndarray
+    kept: numpy.ndarray
+    """Bool, written in place."""
+
+    def keep(self, compare: numpy.ufunc, value: Any) -> int:
+        """Keep the scores that compare so with a value, and no others; how many."""
+        return int(numpy.count_nonzero(compare(self.scores, value, out=self.kept)))
+
+
+def _cut(values: numpy.ndarray) -> list[numpy.ndarray]:
+    return [values[start : start + _CHUNK] for start in range(0, values.size, _CHUNK)]
+
+
+def _part(
+    chunks: Sequence[Chunk], low: Any, compare: numpy.ufunc, high: Any, each: Each
+) -> tuple[int, list[numpy.ndarray]]:
+    """Keep what compares so with ``high``: how many; and of each chunk where what is neither kept nor below stands."""
+
+    def part(chunk: Chunk) -> tuple[int, numpy.ndarray]:
+        # As indices, which is faster than a bool index where little is taken. No score is kept and below.
+        return chunk.keep(compare, high), numpy.flatnonzero(chunk.kept == (chunk.scores < low))
+
+    numbers, between = zip(*each(part, chunks), strict=True)
+    return sum(numbers), list(between)
+
+
+def _fill(chunks: Sequence[Chunk], between: Sequence[numpy.ndarray], room: int) -> Any:
+    """Keep also the ``room`` largest of the scores between, of equal ones the first; the smallest of them."""
+    scores = numpy.concatenate([chunk.scores[at] for chunk, at in zip(chunks, between, strict=True)])
+    _refuse_nan([scores])
+    threshold = numpy.partition(scores, scores.size - room)[scores.size - room]
+    chosen = scores > threshold
+    ties = numpy.flatnonzero(scores == threshold)
     chosen[ties[: room - int(numpy.count_nonzero(chosen))]] = True
-    parts = numpy.split(chosen, numpy.cumsum([of.size for of in at])[:-1])
-    for upper, of, part in zip(kept, at, parts, strict=True):
-        upper[of[part]] = True
+    parts = numpy.split(chosen, numpy.cumsum([at.size for at in between])[:-1])
+    for chunk, at, part in zip(chunks, between, parts, strict=True):
+        chunk.kept[at[part]] = True
     return threshold
+
+
+def _refuse_nan(pieces: Sequence[numpy.ndarray], each: Each = map) -> None:
+    """Raise the UserError where a score is NaN, which the largest of all then is."""
+    if any(each(lambda piece: piece.size and numpy.isnan(piece.max()), pieces)):
+        raise UserError(NAN)
 
 
 def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
@@ -221,11 +263,11 @@ def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
     that takes a quarter of the time of ``numpy.partition``. Where the sample misleads, the side that holds
     the answer is looked at instead; each round leaves out the two values themselves, so it ends.
     """
-    number = sum(piece.size for piece in pieces)
+    number = _size(pieces)
     if number <= _SORTED_AT_ONCE:
         return numpy.sort(numpy.concatenate(pieces))[number - k]
     low, high = _bracket(pieces, number, k)
-    reach_high = _count(_reaching(pieces, high))
+    reach_high = sum(int(numpy.count_nonzero(piece >= high)) for piece in pieces)
     if k <= reach_high:
         above = [piece[piece > high] for piece in pieces]
         return _kth_largest(above, k) if k <= _size(above) else high
@@ -241,22 +283,14 @@ def _kth_largest(pieces: Sequence[numpy.ndarray], k: int) -> numpy.generic:
 def _bracket(pieces: Sequence[numpy.ndarray], number: int, k: int) -> tuple[numpy.generic, numpy.generic]:
     """Two values around the k-th largest's place in a sorted sample of about number ** (2/3) values.
 
-    They stand four standard deviations of that place, or more, to either side of it.
+    They stand three standard deviations of that place, or more, to either side of it.
     """
     # An odd stride: one that divides the rows' length would look at some columns only.
     stride = round(number ** (1 / 3)) | 1
     sample = numpy.sort(numpy.concatenate([piece[::stride] for piece in pieces]))
     place = (number - k) * sample.size // number
-    margin = 2 * math.isqrt(sample.size)
+    margin = 3 * math.isqrt(sample.size) // 2
     return sample[max(place - margin, 0)], sample[min(place + margin, sample.size - 1)]
-
-
-def _reaching(pieces: Sequence[numpy.ndarray], value: numpy.generic | float) -> list[numpy.ndarray]:
-    return [piece >= value for piece in pieces]
-
-
-def _count(masks: Sequence[numpy.ndarray]) -> int:
-    return sum(int(numpy.count_nonzero(mask)) for mask in masks)
 
 
 def _size(pieces: Sequence[numpy.ndarray]) -> int:
