@@ -17,7 +17,7 @@ from finemask_ds.cli import main
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.export import apply_mask
-from finemask_ds.models.load import add_pooler, load_pretrained
+from finemask_ds.models.load import add_pooler, load_pretrained, save_pretrained
 from tests.test_cli import cells
 
 POOLER = "bert.pooler.dense.weight"
@@ -169,6 +169,26 @@ def test_a_model_under_torch_prune_loads_the_export_strictly_and_is_the_subnetwo
         assert torch.equal(hidden.last_hidden_state, subnetwork.model.bert(tokens).last_hidden_state)
         if targets == "bert-tickets":
             assert torch.equal(hidden.pooler_output, subnetwork.model.bert(tokens).pooler_output)
+
+
+def test_a_pruned_models_zeros_are_its_mask(toy_bert, masks, tmp_path, capsys):
+    """The embedding is left dense; a row that theta_0 has zero anyway says nothing of a mask."""
+    theta0 = load_pretrained(str(toy_bert))
+    mask = Mask({name: keep for name, keep in masks["paper"].items() if name != EMBEDDING})
+    weights = dict(theta0.model.named_parameters())
+    apply_mask(theta0.model, mask)
+    with torch.no_grad():
+        for name, keep in mask.items():
+            weights[name][keep] += 0.25  # It was trained on.
+    save_pretrained(theta0, tmp_path / "pruned")
+    out = tmp_path / "mask.safetensors"
+    assert finemask("mask", "import", tmp_path / "pruned", out, "--model", toy_bert, "--from_zeros") == 0
+    assert load_mask(out) == mask
+    assert f"dense (not in the file): {EMBEDDING}, {POOLER}\n" in capsys.readouterr().out
+    again = finemask("mask", "import", toy_bert, tmp_path / "none", "--model", toy_bert, "--from_zeros")
+    assert again == 2
+    assert "has no zeros that the model has not" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_mask_of_another_model_is_refused_both_ways(toy_bert, masks, tmp_path, capsys):

@@ -36,6 +36,11 @@ def add_mask(commands: Commands) -> None:
     take.add_argument("source", type=Path, metavar="IN", help="their file, such as mask.pt; code in it is never run")
     take.add_argument("out", type=Path, metavar="OUT", help="new mask file, such as mask.safetensors")
     take.add_argument("--model", required=True, help="hub name, folder or builtin: the model it was made from")
+    take.add_argument(
+        "--from_zeros",
+        action="store_true",
+        help="IN is the folder of a pruned model; its zeros are the mask",
+    )
     take.set_defaults(handler=_import)
 
     export = mask.add_parser("export", help="write a plain Hugging Face checkpoint with exact zeros, or others' files")
@@ -119,7 +124,9 @@ def _import(arguments: argparse.Namespace) -> None:
     from finemask_ds.models.imported import import_mask
 
     refuse_existing(arguments.out, "OUT")
-    imported = import_mask(arguments.source, _model(arguments.model), called=arguments.model)
+    imported = import_mask(
+        arguments.source, _model(arguments.model), called=arguments.model, from_zeros=arguments.from_zeros
+    )
     mask, absent = imported.mask, imported.absent
     save_mask(arguments.out, mask)
     print(f"read as {imported.format}: {len(mask)} matrices")

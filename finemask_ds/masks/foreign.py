@@ -33,6 +33,8 @@ class Foreign:
     """Name of the weight (``X.weight``) -> bool matrix [rows, columns], True where it stays, in the file's order."""
     notes: tuple[str, ...] = ()
     """What else the file holds, each a line worth printing."""
+    sha256: str | None = None
+    """Of what is no single file."""
 
 
 def read_foreign(path: str | os.PathLike[str], shapes: Mapping[str, Shape]) -> Foreign:

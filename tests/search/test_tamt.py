@@ -163,6 +163,7 @@ def test_what_is_missing_is_told_before_anything_is_made(toy_text: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_search_with_nothing_kept_of_a_matrix_goes_on(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
     """Its threshold is infinite, which a checkpoint must hold too."""
     whole, broken = (
@@ -175,6 +176,7 @@ def test_a_search_with_nothing_kept_of_a_matrix_goes_on(toy_bert: Path, toy_text
     assert 0 in [mask_of(whole).num_kept(name) for name in mask_of(whole)]
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_keeps_its_start(
     toy_bert: Path, toy_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +194,7 @@ def test_a_search_that_goes_on_keeps_its_start(
         assert again == undisturbed
 
 
-@pytest.mark.parametrize("method", ["tamt", "imp"])
+@pytest.mark.parametrize("method", ["tamt", pytest.param("imp", marks=pytest.mark.slow)])
 def test_a_search_that_dies_while_it_is_scored_is_not_trained_again(
     toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
 ) -> None:
