@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from finemask_ds.masks.foreign import refuse_existing, write_prune, write_tamt
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import Family, family_of
 from finemask_ds.models.load import add_pooler, load_pretrained, save_pretrained
-from finemask_ds.models.patch import untie_decoder
+from finemask_ds.models.patch import find_module, untie_decoder
 
 
 def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
@@ -36,28 +35,34 @@ def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
     lacked = {name for name in mask if own[name] not in parameters and _is_pooler(family, name)}
     shapes = {name: tuple(parameters[place].shape) for name, place in own.items() if place in parameters}
     Mask({name: keep for name, keep in mask.items() if name not in lacked}).check(shapes)
-    if own.get(f"{family.embedding}.weight") in parameters and _has(model, family.decoder):
+    decoder: Any = find_module(model, family.decoder)
+    if own.get(f"{family.embedding}.weight") in parameters and decoder is not None:
         untie_decoder(model)
-        decoder: Any = model.get_submodule(family.decoder)
         # Untied, the bias is also looked for under the decoder's own name.
         decoder.bias = nn.Parameter(decoder.bias.detach().clone())
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     with torch.no_grad():
         for name in shapes:
             weight = parameters[own[name]]
-            keep = mask[name].to(weight.device)
-            weight.copy_(masked(weight, keep))
+            weight.copy_(masked(weight, mask[name].to(weight.device)))
             if hold:
-                weight.register_hook(partial(masked, mask=keep))
+                _hold(weight, mask[name])
+
+
+def _hold(weight: Tensor, keep: Tensor) -> None:
+    """M * dL/dW from now on."""
+
+    def hold(gradient: Tensor) -> Tensor:
+        nonlocal keep
+        keep = keep.to(gradient.device)  # The model may have been moved since.
+        return masked(gradient, keep)
+
+    weight.register_hook(hold)
 
 
 def _is_pooler(family: Family, name: str) -> bool:
     place = family.place(name)
     return place is not None and place.role == "pooler"
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    return path in dict(model.named_modules())
 
 
 def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:

@@ -31,7 +31,7 @@ def attach(model: nn.Module, mask: Mapping[str, Tensor], scores: Mapping[str, Te
     """
     for name, keep in mask.items():
         path, _, leaf = name.rpartition(".")
-        module = _find(model, path)
+        module = find_module(model, path)
         if module is None or leaf != "weight" or type(module) not in _MASKED or module.weight.shape != keep.shape:
             raise UserError(
                 f"the mask does not fit this model at {name} {tuple(keep.shape)}; is it a mask for another model?"
@@ -45,14 +45,14 @@ def attach(model: nn.Module, mask: Mapping[str, Tensor], scores: Mapping[str, Te
 def tie_decoder_to_masked_embedding(model: nn.Module) -> None:
     """Let the MLM decoder of an attached model read W * M of the embedding instead of the raw W."""
     family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
-    embedding, decoder = _find(model, family.embedding), _find(model, family.decoder)
+    embedding, decoder = find_module(model, family.embedding), find_module(model, family.decoder)
     if isinstance(embedding, MaskedEmbedding) and isinstance(decoder, nn.Linear):
         _replace(model, family.decoder, TiedDecoder(embedding, decoder.bias))
 
 
 def untie_decoder(model: nn.Module) -> None:
     """Give the MLM decoder a frozen copy of the embedding as it is now, which training the embedding leaves alone."""
-    decoder = _find(model, family_of(model.config.model_type).decoder)  # type: ignore[union-attr,arg-type]
+    decoder = find_module(model, family_of(model.config.model_type).decoder)  # type: ignore[union-attr,arg-type]
     assert isinstance(decoder, nn.Linear)
     decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)
 
@@ -108,7 +108,8 @@ def dense(model: nn.Module) -> Iterator[None]:
             module.is_dense = False
 
 
-def _find(model: nn.Module, path: str) -> nn.Module | None:
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, None where the model has none."""
     try:
         return model.get_submodule(path)
     except AttributeError:

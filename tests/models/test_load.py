@@ -127,12 +127,13 @@ def test_an_export_predicts_as_it_was_measured(tmp_path: Path, toy_bert: Path, t
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_mask_holds_in_any_model_of_transformers(toy_bert: Path, toy_roberta: Path, family: str, kind: Any) -> None:
-    """Whatever stands on the backbone, and however it is trained: decay, momentum and clipping move no zero."""
+    """Whatever stands on the backbone, and however it is trained: decay, momentum, clipping and a move to elsewhere."""
     folder = toy_bert if family == "bert" else toy_roberta
     mask = Mask.random(load_pretrained(str(folder)).shapes, 0.7, seed=1)
     model = kind.from_pretrained(folder)
     before = {name: value.clone() for name, value in model.named_parameters()}
     finemask_ds.apply_mask(model, mask, hold=True)
+    model.double()  # As a move to another device does, it gives every parameter other memory.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(4):
         tokens = torch.arange(3 + step, 11 + step)[None]
