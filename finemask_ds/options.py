@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -53,15 +54,18 @@ def parser_for(config_class: type[Any]) -> Parser:
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """Add a configuration's fields to a parser."""
+    """Add a configuration's fields to a parser, in a group for each class that they come from, its own first."""
+    owners = [owner for owner in config_class.__mro__ if dataclasses.is_dataclass(owner)]
+    groups = {owner: parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip(".")) for owner in owners}
     for field in dataclasses.fields(config_class):
+        owner = next(owner for owner in owners if field.name in inspect.get_annotations(owner))
         help_text = field.metadata["help"]
         unit, source = field.metadata["unit"], field.metadata["source"]
         many = isinstance(field.default, tuple)
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         shown = "" if default in (None, "") else f" [{default}]"
         details = f"{help_text}{f' ({unit})' if unit else ''}{shown}{f' - {source}' if source else ''}"
-        parser.add_argument(
+        groups[owner].add_argument(
             f"--{field.name}", type=_type(config_class, field.name), default=field.default,
             nargs="+" if many else None, metavar="|".join(field.metadata["choices"]) or field.name.upper(),
             help=_wrapped(details).replace("%", "%%"),
