@@ -115,7 +115,9 @@ def plan() -> Iterator[Cell]:
             yield from _compared(objective, 0.8, seed)
     for rate in (1e-4, 5e-4):
         yield Cell("kd", 0.7, "reconstruction", rate, LONG, 1)
-    yield Cell("mlm", 0.7, "reconstruction", 6e-4, SHORT, 1)
+    for objective, sparsity in (("mlm", 0.7), ("kd", 0.8)):
+        yield Cell(objective, sparsity, "reconstruction", 6e-4, SHORT, 1)
+    yield Cell("kd", 0.8, "reconstruction", FAST_LR, 2 * SHORT, 1)
 
 
 def _compared(objective: str, sparsity: float, seed: int) -> Iterator[Cell]:
