@@ -267,7 +267,7 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
                 _label(axis.xaxis, (50, 100, 200, 500, 1000, 2000))
                 _label(axis.yaxis, (0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 4, 5, 6))
             keys = dict(zip(*reversed(row[1].get_legend_handles_labels()), strict=True))
-            told = "lines: 2,000 steps\ndots: 200 and 100"
+            told = "lines: 2,000 steps\ndots: fewer"
             row[1].legend(keys.values(), keys, fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1),
                           title=told)  # fmt: skip
         with atomic_write(path, "wb") as stream:
