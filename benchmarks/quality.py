@@ -115,8 +115,8 @@ def plan() -> Iterator[Cell]:
             yield from _compared(objective, 0.8, seed)
     for rate in (1e-4, 5e-4):
         yield Cell("kd", 0.7, "reconstruction", rate, LONG, 1)
-    for objective, sparsity in (("mlm", 0.7), ("kd", 0.8)):
-        yield Cell(objective, sparsity, "reconstruction", 6e-4, SHORT, 1)
+    for objective, sparsity, rate in (("mlm", 0.7, 6e-4), ("kd", 0.8, 6e-4), ("kd", 0.8, 1e-3)):
+        yield Cell(objective, sparsity, "reconstruction", rate, SHORT, 1)
     yield Cell("kd", 0.8, "reconstruction", FAST_LR, 2 * SHORT, 1)
 
 
