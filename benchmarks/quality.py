@@ -240,8 +240,8 @@ def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path)
 
     Long searches are lines, short ones lines with dots; `binary` is dashed, and the paper's rate black.
     """
-    curves = Counter(group for group, _, _ in found)
-    groups = sorted(group for group, number in curves.items() if number > 1)  # One curve compares nothing.
+    compared = Counter(group for group, _ in {(group, setting) for group, setting, _ in found})
+    groups = sorted(group for group, number in compared.items() if number > 1)  # One setting compares nothing.
     settings = sorted({setting for _, setting, _ in found})
     with style():
         figure, axes = panels(len(groups), 2, 2.6)
