@@ -17,7 +17,9 @@ else
   export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 fi
 python3 -c 'import torch; assert torch.cuda.is_available(), "no accelerator"; print(torch.__version__, torch.cuda.get_device_name())'
-python3 -m pytest -m gpu tests 2>&1 | tee "$out/pytest.log" || true # A failed test is told; figures come all the same.
+tests=0
+python3 -m pytest -m gpu tests 2>&1 | tee "$out/pytest.log" || tests=$? # Figures come all the same.
 python3 benchmarks/speed.py --groups gpu --out "$out/speed.json" 2>&1 | tee "$out/speed.log"
 python3 benchmarks/selection.py --out "$out/selection.json" 2>&1 | tee "$out/selection.log"
 python3 benchmarks/gpu.py --out "$out/gpu.json" "$@" 2>&1 | tee "$out/gpu.log"
+exit "$tests"

@@ -121,6 +121,7 @@ def train_mlm(setting: Setting, model: nn.Module, groups: Sequence[Group], span:
         trainer = Trainer(setting, engine, objective, recorder, keeps_checkpoints=is_shared)
         state = trainer.resume()
         trainer.run(dataclasses.replace(span, first=state["step"] + 1))
+        trainer.save(span.last, {})
     return {name: value.cpu().clone() for name, value in engine.read(engine.parameters)}
 
 

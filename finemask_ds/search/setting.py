@@ -239,7 +239,7 @@ class Trainer:
                     every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
                     *(every(config.watch_every, hook, last=span.last) for hook in watch),
                     every(config.log_every, self._log, last=span.last),
-                    every(config.save_every, lambda step: self.save(step, state()), last=span.last),
+                    every(config.save_every, lambda step: self.save(step, state())),
                 ],
                 watched=lambda step: roles if is_due(config.watch_every, step, last=span.last) else {},
                 before_stop=lambda step: self.save(step, state()),

@@ -69,6 +69,7 @@ def find_mask(setting: Setting) -> Outcome:
             watch=[lambda step: masks.show(watch, recorder)],
             state=masks.state,
         )
+        trainer.save(config.num_steps, masks.state())  # A kill while the mask is scored costs no training.
     masks.select_exactly()
     return Outcome(
         Mask(read_mask(theta0.model)),
