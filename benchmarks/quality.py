@@ -18,27 +18,24 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finemask_ds.dispatch.plan import Plan, sweep
 from finemask_ds.provenance import collect
 from finemask_ds.recipes.stages import REPOSITORY
-from finemask_ds.report.style import panels, style
 from finemask_ds.report.table import markdown
-from finemask_ds.run import Run, atomic_write, read_json, write_json
+from finemask_ds.run import Run, read_json, write_json
 
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Eta
 from benchmarks.downstream import SMALL, complete, cut_data, options
-
-if TYPE_CHECKING:
-    from matplotlib.axis import Axis
+from benchmarks.quality_figure import Curve, draw
 
 KEPT = REPOSITORY / "results/quality"
 KEPT_SCORES = KEPT / "downstream"
@@ -235,50 +232,16 @@ def _seconds(kept: Mapping[str, Any], steps: int) -> float:
     return kept.get("start_sec", 0.0) + kept["step_sec"] * steps
 
 
-def draw(found: Mapping[tuple[str, str, int], list[dict[str, Any]]], path: Path) -> None:
-    """Dev loss against steps and against seconds, a row of panels for each objective and sparsity.
-
-    Long searches are lines, short ones lines with dots; `binary` is dashed, and the paper's rate black.
-    """
-    compared = Counter(group for group, _ in {(group, setting) for group, setting, _ in found})
-    groups = sorted(group for group, number in compared.items() if number > 1)  # One setting compares nothing.
-    settings = sorted({setting for _, setting, _ in found})
-    with style():
-        figure, axes = panels(len(groups), 2, 2.6)
-        for row, group in zip(axes, groups, strict=True):
-            objective, percent = group.split("-")
-            for (of, setting, steps), kept in sorted(found.items()):
-                if of != group:
-                    continue
-                is_papers = setting == f"binary {PAPER_LR[objective]:g}"
-                line = {
-                    "color": "black" if is_papers else f"C{settings.index(setting)}", "linewidth": 1, "markersize": 3,
-                    "linestyle": "--" if setting.startswith("binary") else "-",
-                    "marker": None if steps == LONG else "o",
-                }  # fmt: skip
-                for one in kept:
-                    x, y = zip(*one["curve"], strict=True)
-                    row[0].plot(x, y, **line)
-                    row[1].plot([_seconds(one, step) for step in x], y, label=setting, **line)
-            loss = "KD loss" if objective == "kd" else "MLM loss, own head"
-            for axis, against in zip(row, ("steps", "seconds on one core"), strict=True):
-                axis.set(xscale="log", yscale="log", xlabel=against, ylabel=f"dev {loss}",
-                         title=f"{objective.upper()}, {percent} % sparsity")  # fmt: skip
-                _label(axis.xaxis, (50, 100, 200, 500, 1000, 2000))
-                _label(axis.yaxis, (0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 4, 5, 6))
-            keys = dict(zip(*reversed(row[1].get_legend_handles_labels()), strict=True))
-            told = "lines: 2,000 steps\ndots: fewer"
-            row[1].legend(keys.values(), keys, fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1),
-                          title=told)  # fmt: skip
-        with atomic_write(path, "wb") as stream:
-            figure.savefig(stream, format="png")
-
-
-def _label(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks at those of the values that are in view."""
-    low, high = axis.get_view_interval()
-    axis.set_ticks([value for value in values if low <= value <= high], [f"{v:,g}" for v in values if low <= v <= high])
-    axis.set_minor_formatter("")
+def curves(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> dict[str, list[Curve]]:
+    """What the figure shows, by group."""
+    groups = defaultdict(list)
+    for (group, setting, steps), kept in sorted(found.items()):
+        is_papers = setting == f"binary {PAPER_LR[group.split('-')[0]]:g}"
+        for one in kept:
+            at, losses = zip(*one["curve"], strict=True)
+            seconds = [_seconds(one, step) for step in at]
+            groups[group].append(Curve(setting, is_papers, steps == LONG, at, seconds, losses))
+    return dict(groups)
 
 
 def main() -> None:
@@ -300,7 +263,7 @@ def main() -> None:
     found = results(cells)
     print(table(found), score_table(), sep="\n\n")
     if found:
-        draw(found, REPOSITORY / "results/quality.png")
+        draw(curves(found), REPOSITORY / "results/quality.png")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.recipes.stages import REPOSITORY
+from finemask_ds.report.heatmap import save_png
 from finemask_ds.report.style import panels, style
 from finemask_ds.report.table import markdown
 from finemask_ds.run import atomic_write, read_json
@@ -151,8 +152,7 @@ def draw() -> None:
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=3,
                       title="arithmetic with an H200's data sheet, not measured")  # fmt: skip
-        with atomic_write(FIGURE, "wb") as stream:
-            figure.savefig(stream, format="png")
+        save_png(figure, FIGURE)
 
 
 def write_page() -> None:
