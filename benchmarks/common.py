@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +99,6 @@ def bert_base_files(folder: Path) -> tuple[str, str]:
         write_bert_base(model)
         write_text(text, lines=20_000)
     return str(model), str(text)
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep what a library or a search says on stdout out of a benchmark's lines."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        yield
 
 
 class Eta:

@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmarks import naive
-from benchmarks.common import seconds_of, silence
+from benchmarks.common import seconds_of
 from finemask_ds.config import ImpConfig, SearchConfig, TamtConfig
 from finemask_ds.data.ahead import Batches
 from finemask_ds.engine.base import Engine, Group
@@ -33,6 +33,7 @@ from finemask_ds.search.magnitude import omp_mask
 from finemask_ds.search.objectives import Objective, counts
 from finemask_ds.search.selection import ScoreMasks
 from finemask_ds.search.setting import Setting, batching_of, freeze_all_but, head_group, open_setting
+from finemask_ds.silence import silent_output
 
 SCHEDULE_STEPS = 100_000
 """So many that the learning rates hardly fall while steps are timed."""
@@ -103,7 +104,7 @@ HELD: list[Training] = []
 def prepare(world: World, method: str, setup: Setup, run: str) -> dict[str, int]:
     """Load the model and start its engine; the model's sizes."""
     torch.set_num_threads(setup.threads)
-    with silence():
+    with silent_output():
         config = setup.config(method, run)
         setting = open_setting(config, world, model=config.model, data=config.data)
         engine, objective, hooks = METHODS[method](setting)

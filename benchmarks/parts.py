@@ -41,9 +41,10 @@ from finemask_ds.run import Run, read_json
 from finemask_ds.search.dense import builtin_corpus, resolve_model
 from finemask_ds.search.objectives import counts
 from finemask_ds.search.setting import open_setting
+from finemask_ds.silence import silent_output
 
 sys.path.insert(0, str(REPOSITORY))
-from benchmarks.common import Cells, bert_base_files, bert_base_shapes, seconds_of, silence, spread
+from benchmarks.common import Cells, bert_base_files, bert_base_shapes, seconds_of, spread
 from benchmarks.methods import tamt_scores
 
 Figures = dict[str, dict[str, Any]]
@@ -83,7 +84,7 @@ def prepare_corpus(text: Path, cache: Path) -> dict[str, Any]:
     size, device = (text / "train.txt").stat().st_size / 1e6, torch.device("cpu")
     forget_peak_memory(device)
     before = peak_memory_gib(device)
-    with silence():
+    with silent_output():
         seconds = seconds_of(lambda: load_blocks(str(text), tokenizer, 128, cache=cache))
     peak = peak_memory_gib(device)
     return {
@@ -134,7 +135,7 @@ def evaluation(arguments: argparse.Namespace, scratch: Path) -> Figures:
 
 def evaluate_often(config: TamtConfig, repeats: int) -> list[float]:
     """Tokens per second of each evaluation but the first, as a search does it now and then."""
-    with silence():
+    with silent_output():
         setting = open_setting(config, this_process(), model=config.model, data=config.data)
         engine, *_ = tamt_scores(setting)
     dev = setting.dev_batches()
@@ -179,7 +180,7 @@ def overhead(cells: list[Cell], root: Path, command: tuple[str, ...] | None) -> 
 
     def beyond(root: Path, chosen: list[Cell]) -> float:
         made = Plan.write(root, chosen)
-        with silence():
+        with silent_output():
             seconds = seconds_of(lambda: dispatch(made, LocalExecutor(1, command), measure=False, poll_sec=0.05))
         return seconds - sum(read_json(made.folder(cell) / "result.json")["seconds"] for cell in chosen)
 

@@ -64,6 +64,7 @@ class Cell:
     mask_lr: float
     steps: int
     seed: int
+    scope: str = "local"
 
     @property
     def group(self) -> str:
@@ -72,13 +73,18 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """What is compared: start and rate."""
-        return f"{self.init} {self.mask_lr:g}"
+        """What is compared: start, scope and rate."""
+        return " ".join([self.init, *self._scope, f"{self.mask_lr:g}"])
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.group}-{self.init}-{self.mask_lr:g}-{self.steps}-seed{self.seed}"
+        return "-".join([self.group, self.init, *self._scope, f"{self.mask_lr:g}-{self.steps}-seed{self.seed}"])
+
+    @property
+    def _scope(self) -> list[str]:
+        """As names have it, which are older than the choice."""
+        return [] if self.scope == "local" else [self.scope]
 
     @property
     def kept(self) -> Path:
@@ -92,12 +98,18 @@ class Cell:
             *("--model", str(shared / "models/all-MiniLM-L6-v2"), "--data", str(shared / "data/wikitext-2")),
             *("--objective", self.objective, "--sparsity", str(self.sparsity), "--init", self.init),
             *("--mask_lr", str(self.mask_lr), "--steps", str(self.steps), "--seed", str(self.seed)),
+            *("--scope", self.scope),
             *("--eval_every", str(min(100, self.steps // 2)), "--run", str(ROOT / self.name), *SHARED, *head),
         ]
 
 
 def plan() -> Iterator[Cell]:
     """What decides first: KD at 70 %, MLM at 70 %, each with a sweep of `binary`'s rates; other starts; then 80 %."""
+    for objective in ("kd", "mlm"):
+        for sparsity in (0.7, 0.8):
+            for steps, seed in ((SHORT, 1), (SHORT, 2), (LEAST, 1), (LONG, 1)):
+                yield Cell(objective, sparsity, "reconstruction", FAST_LR, steps, seed, "global")
+    yield Cell("kd", 0.8, "reconstruction", 6e-4, SHORT, 1, "global")
     for objective in ("kd", "mlm"):
         yield from _compared(objective, 0.7, seed=1)
         for rate in SWEPT_LR[objective]:
@@ -126,6 +138,7 @@ def _compared(objective: str, sparsity: float, seed: int) -> Iterator[Cell]:
 
 
 FINE_TUNED = (
+    Cell("kd", 0.7, "reconstruction", FAST_LR, SHORT, 1, "global"),
     Cell("kd", 0.7, "binary", BINARY_LR["kd"], LONG, 1),
     Cell("kd", 0.7, "reconstruction", FAST_LR, SHORT, 1),
     Cell("kd", 0.7, "reconstruction", FAST_LR, LONG, 2),
@@ -227,7 +240,7 @@ def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
 def _seconds(kept: Mapping[str, Any], steps: int) -> float:
     """Of the start and so many steps, evaluations apart; the first files were kept without the start's.
 
-    What a step takes after the optimizer's part of it is in files of commits after 3da2eee only.
+    What a step takes after the optimizer's part of it is in files of commits from 651622f on only.
     """
     return kept.get("start_sec", 0.0) + kept["step_sec"] * steps
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from finemask_ds.config import FinetuneConfig, SearchConfig, SweepConfig
 from finemask_ds.config.knobs import DispatchKnobs
-from finemask_ds.data.tasks import BUILTIN_TASKS, PAPER_TASKS
+from finemask_ds.data.tasks import default_tasks, task_named
 from finemask_ds.dispatch.executor import Executor, dispatch
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.plan import sweep as sweep_of
@@ -22,12 +22,13 @@ from finemask_ds.dispatch.survey import State
 from finemask_ds.engine.local import accelerated
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
-from finemask_ds.finetune.job import check_cells, with_model
+from finemask_ds.finetune.job import check_cells, check_tasks, with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.lock import lives
 from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
+from finemask_ds.signals import Interrupted, Interruption
 
 GONE_SEC = 60.0
 """How long the other ranks of this host may take to end after a search."""
@@ -37,7 +38,16 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune a subnetwork, or the full model, on a task, on the ranks that accelerate has started; its result."""
     config = with_model(config, [config.mask])
     with accelerated() as world:
-        return fine_tune(config, world, model=resolve_model(config.model, world))
+        model = resolve_model(config.model, world)
+        if world.size > 1:  # Of which each is asked by itself.
+            return fine_tune(config, world, model=model)
+        with Interruption().watching() as interruption:
+            try:
+                with interruption.raising():
+                    return fine_tune(config, world, model=model, interruption=interruption)
+            except Interrupted as ended:
+                ended.exit_code = 128 + interruption.signal
+                raise
 
 
 def sweep(config: SweepConfig) -> str:
@@ -49,7 +59,7 @@ def sweep(config: SweepConfig) -> str:
     if not config.masks and config.full == "no":
         raise UserError("there is nothing to fine-tune; type --masks with mask files or run directories of searches")
     config, root = with_model(config, config.masks), Path(config.run)
-    tasks = config.tasks or (BUILTIN_TASKS if config.model == "builtin" else PAPER_TASKS)
+    tasks = config.tasks or default_tasks(config.model)
     cells = sweep_of(
         config.masks, tasks, config.seeds, config.num_samples, with_full=config.full == "yes", **config.shared_options()
     )
@@ -122,6 +132,7 @@ def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
     code is the sweep's.
     """
     with ranks_of(config) as world:
+        world.on_first(lambda: _check_dispatch(config))
         result = search(config, world)
         ranks = world.gather((socket.gethostname(), os.getpid()))
     if config.dispatch != "no" and world.is_first:
@@ -134,6 +145,21 @@ def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
         ]
         os.execv(sys.executable, command)
     return result
+
+
+def _check_dispatch(config: SearchConfig) -> None:
+    """Refuse before the search what would end the sweep after it.
+
+    Raises:
+        UserError: an unknown task of ``--tasks``, or one that ``--task_data`` does not have.
+    """
+    if config.dispatch == "no":
+        return
+    tasks = [task_named(name, "--tasks") for name in config.tasks or default_tasks(config.model)]
+    try:
+        check_tasks(tasks, config.task_data)
+    except UserError as error:
+        raise UserError(f"the tasks of --dispatch: {error} (what is --data there is --task_data here)") from error
 
 
 def sweep_options(config: SearchConfig, run: str) -> list[str]:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Bad input; the launchers print the sentence once and every rank exits with code 2."""
+    """Bad input; the launchers print the sentence once and every rank exits with its code."""
+
+    exit_code = 2
+
+
+class TransientError(UserError):
+    """What may go well when the same command is started again, which a supervisor does; the code is sysexits.h's."""
+
+    exit_code = 75
 
 
 def printable(text: str) -> str:

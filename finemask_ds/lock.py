@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finemask_ds.errors import UserError
-from finemask_ds.run import content_hash
+from finemask_ds.run import content_hash, disk_full_is_user_error
 
 HEARTBEAT_SEC = 5.0
 STALE_SEC = 60.0
@@ -30,10 +30,17 @@ class Holder(NamedTuple):
 
     def is_dead(self, stale_sec: float) -> bool:
         """Whether the holder is silent for too long, or a process of this machine that is gone."""
-        if self.silent_sec > stale_sec:
-            return True
-        pid, _, place = self.name.partition("@")
-        return place.rpartition("-")[0] == _this_place() and pid.isdecimal() and not lives(int(pid))
+        return self.silent_sec > stale_sec or (self.is_here and not lives(int(self.pid)))
+
+    @property
+    def pid(self) -> str:
+        """Its process id."""
+        return self.name.partition("@")[0]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.name.partition("@")[2].rpartition("-")[0] == _this_place() and self.pid.isdecimal()
 
 
 class Lock:
@@ -55,7 +62,7 @@ class Lock:
         """Create the lock file; False where it exists.
 
         Raises:
-            UserError: where the folder cannot be written.
+            UserError: where the folder cannot be written or the disk is full.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +71,12 @@ class Lock:
             if isinstance(error, FileExistsError) and self.path.parent.is_dir():
                 return False
             raise UserError(f"cannot write {self.path.parent} ({error.strerror}): {self.advice}") from error
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(self.me)
+        try:
+            with disk_full_is_user_error(self.path), open(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(self.me)
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def holder(self) -> Holder | None:
@@ -94,14 +105,26 @@ class Lock:
         holder = self.holder()
         if holder is not None and holder.name != name:
             return False
-        self.path.unlink(missing_ok=True)
-        return True
+        # Moved aside before it is removed, as others may break it and take it over at any moment.
+        aside = self.path.with_name(f".{self.path.name}.{self.me}.broken")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return True
+        try:
+            if aside.read_text(encoding="utf-8") == name:
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+            return False
+        finally:
+            aside.unlink()
 
     def release(self) -> None:
         """Remove the lock, unless it was taken over meanwhile."""
         holder = self.holder()
         if holder is not None and holder.name == self.me:
-            self.path.unlink(missing_ok=True)
+            self.break_if_held_by(self.me)
 
     @contextlib.contextmanager
     def held(self, stale_sec: float = STALE_SEC, poll_sec: float = 0.05) -> Iterator[None]:
@@ -114,6 +137,42 @@ class Lock:
                 time.sleep(poll_sec)
         try:
             yield
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def owned(self, what: str, *, wait: bool, stale_sec: float = STALE_SEC, poll_sec: float = 1.0) -> Iterator[None]:
+        """Hold the lock, beating, while the block runs, however long; a dead holder's is broken.
+
+        Args:
+            what: is held, for messages.
+            wait: for a holder that lives, instead of refusing.
+            stale_sec: a holder that is silent for so long is dead.
+            poll_sec: from one look to the next.
+
+        Raises:
+            UserError: where a holder lives and `wait` is False. Whether one of another host does is known when it
+                beats, or has been silent for too long.
+        """
+        first: Holder | None = None
+        while not self.acquire():
+            holder = self.holder()
+            if holder is None:
+                continue
+            if holder.is_dead(stale_sec):
+                self.break_if_held_by(holder.name)
+                continue
+            who = f"process {holder.pid} on {host_of(holder.name)}"
+            has_beaten = first is not None and (holder.name != first.name or holder.silent_sec < first.silent_sec)
+            if not wait and (holder.is_here or has_beaten):
+                raise UserError(f"{what} is in use by {who}; wait for its end, or type another --run")
+            if first is None:
+                first = holder
+                print(f"{what} is held by {who}: waiting for its end", flush=True)
+            time.sleep(poll_sec)
+        try:
+            with self.heartbeat(min(HEARTBEAT_SEC, stale_sec / 4)):
+                yield
         finally:
             self.release()
 

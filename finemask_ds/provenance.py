@@ -124,13 +124,13 @@ def refuse_other_config(
     differing = [key for key in compared if before.get(key) != now.get(key)]
     if not differing:
         return
-    changes = ", ".join(f"{key} was {_typed(before.get(key))}, now {_typed(now.get(key))}" for key in differing)
-    if {"method", "config_version"} & set(differing):
-        raise UserError(f"{folder} was made by another method or version ({changes}): type another --run DIR")
+    change = {key: f"{key} was {_typed(before.get(key))}, now {_typed(now.get(key))}" for key in differing}
+    if other := [change[key] for key in ("method", "config_version") if key in change]:
+        raise UserError(f"{folder} was made by another method or version ({', '.join(other)}): type another --run DIR")
     old = [f"--{key} {_typed(before[key])}" for key in differing if before.get(key) != defaults.get(key)]
     left_out = [f"no --{key}" for key in differing if before.get(key) == defaults.get(key)]
     raise UserError(
-        f"{folder} was made by another config ({changes}): type another --run DIR, "
+        f"{folder} was made by another config ({', '.join(change.values())}): type another --run DIR, "
         f"or go on with it by typing {', '.join([*old, *left_out])}"
     )
 

@@ -18,6 +18,7 @@ from finemask_ds.errors import UserError
 from finemask_ds.provenance import collect, refuse_other_config
 
 CONFIG_VERSION = 1  # raise it when an old config would mean something else under the same names
+_ON_THE_WAY = re.compile(r"(?:step-)?(\d+(?:\.\d+)?)\.safetensors")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -189,8 +190,8 @@ class Run:
 
     def masks_on_the_way(self) -> list[Path]:
         """The snapshots by step, or the rungs by sparsity."""
-        found = [path for path in self.start_mask.parent.glob("*.safetensors") if path != self.start_mask]
-        return sorted(found, key=lambda path: float(path.stem.removeprefix("step-")))
+        found = {path: _ON_THE_WAY.fullmatch(path.name) for path in self.start_mask.parent.glob("*.safetensors")}
+        return [path for _, path in sorted((float(place[1]), path) for path, place in found.items() if place)]
 
     @property
     def head(self) -> Path:
@@ -205,6 +206,11 @@ class Run:
     def best_weights(self, step: int) -> Path:
         """Weights of a fine-tuning's best evaluation so far, while somebody will want them."""
         return self.folder / "best" / f"step-{step}.safetensors"
+
+    @property
+    def lock(self) -> Path:
+        """Who is at work in the folder, while somebody is."""
+        return self.folder / ".lock"
 
     @property
     def result(self) -> Path:

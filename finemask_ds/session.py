@@ -24,7 +24,8 @@ from finemask_ds.data.sources import find_text
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
 from finemask_ds.engine.settings import read_settings
-from finemask_ds.engine.termination import EXIT_CODE, Terminated, Termination
+from finemask_ds.engine.shared import at_work_in
+from finemask_ds.engine.termination import Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
 from finemask_ds.errors import UserError, printable
 from finemask_ds.options import parse
@@ -34,6 +35,7 @@ from finemask_ds.search.conclude import conclude
 from finemask_ds.search.dense import builtin_corpus, builtin_model, resolve_model, trained_head
 from finemask_ds.search.outcome import Outcome
 from finemask_ds.search.setting import Setting, open_setting
+from finemask_ds.signals import Interrupted
 
 C = TypeVar("C", bound=Config)
 
@@ -69,8 +71,9 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     setting = open_setting(config, world, model=model, data=data)
     done = world.on_first(lambda: setting.run.result_of("search") if setting.run.done("search") else None)
     if done is None:
-        setting = replace(setting, head=trained_head(setting), draw=distance_map)
-        done = conclude(setting, METHODS[type(config)](setting))
+        with at_work_in(setting.run, world):
+            setting = replace(setting, head=trained_head(setting), draw=distance_map)
+            done = conclude(setting, METHODS[type(config)](setting))
     return {**done, "run": str(setting.run.folder)}
 
 
@@ -119,23 +122,28 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
 
     Returns:
         0, or the outcome's own ``exit_code``; 2 after a user's error, which is one sentence on the first rank's
-        standard error; 143 after SIGTERM; 1 after any other error, with its trace and the rank that it happened on.
+        standard error, or 75 where it may go well the next time; 143 after SIGTERM and 130 after Ctrl-C; 1 after any
+        other error, with its trace and the rank that it happened on.
     """
+    termination = Termination()
     try:
         join_launch(os.environ)
         config = parse(config_class, sys.argv[1:] if argv is None else argv)
         if isinstance(config, TrainingConfig) and (config.hostfile or config.max_restarts):
             return _supervise(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
-        with Termination().handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
+        with termination.handling() if isinstance(config, TrainingConfig) else contextlib.nullcontext():
             outcome = action(config)
     except Terminated as ended:
         if launched_rank() == 0:
-            print(f"finemask: SIGTERM: {ended}", file=sys.stderr, flush=True)
-        return EXIT_CODE
+            print(f"finemask: {termination.signal.name}: {ended}", file=sys.stderr, flush=True)
+        return termination.exit_code
+    except Interrupted as ended:
+        print("finemask: asked to end; the same command goes on", file=sys.stderr, flush=True)
+        return ended.exit_code
     except UserError as error:
         if launched_rank() == 0:
             print(f"finemask: {printable(str(error))}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except Exception:
         traceback.print_exc()
         print(f"finemask: rank {launched_rank()} on {socket.gethostname()} failed, see above", file=sys.stderr)

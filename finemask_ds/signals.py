@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something to ask for, not something that happens anywhere."""
+"""Ctrl-C, SIGTERM and the loss of the terminal as something to ask for, not something that happens anywhere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Any
 class Interrupted(BaseException):
     """The process was asked to end; no Exception, so that nothing mistakes it for a failure."""
 
+    exit_code = 128 + signal.SIGTERM
+    """As shells tell it."""
+
 
 class Interruption:
-    """Remembers that SIGINT or SIGTERM came, and raises `Interrupted` only where that was allowed."""
+    """Remembers that SIGINT, SIGTERM or SIGHUP came, and raises `Interrupted` only where that was allowed."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -30,11 +33,12 @@ class Interruption:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Interruption]:
-        """Catch both signals while the block runs; outside the main thread, where none arrives, do nothing."""
+        """Catch the signals while the block runs, SIGHUP not under nohup; do nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before: dict[int, Any] = {number: signal.signal(number, self._handle) for number in _ENDING}
+        numbers = [n for n in _ENDING if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
+        before: dict[int, Any] = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
@@ -68,4 +72,4 @@ class Interruption:
             raise Interrupted
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -33,8 +33,6 @@ BACK_OFF_SEC, LONGEST_BACK_OFF_SEC = 2.0, 60.0
 """Before the first restart, doubled before each further one."""
 KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 """Without it the head's ssh waits for ever for a host whose cable was cut."""
-USER_ERROR = 2
-"""The ranks' exit code after bad input, which a restart does not mend."""
 _OWN = ("hostfile", "max_restarts", "ranks")
 
 
@@ -46,7 +44,7 @@ def supervise(config: TrainingConfig, command: Sequence[str]) -> int:
         command: the launcher script and its options as typed.
 
     Returns:
-        The exit code: of the last launch, or 130 and 143 where this process was asked to end.
+        The exit code: of the last launch, or 128 and the signal's number where this process was asked to end.
 
     Raises:
         UserError: where it cannot start as asked.
@@ -78,7 +76,7 @@ def _see_through(config: TrainingConfig, command: Sequence[str]) -> int:
         if launch is None:
             continue
         code, silent = launch.run()
-        if code in (0, USER_ERROR):
+        if code in (0, UserError.exit_code):  # A restart does not mend bad input.
             return code
         _tell(f"the launch ended with code {code}")
         if silent and restarts < config.max_restarts:

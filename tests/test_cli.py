@@ -101,6 +101,8 @@ def test_a_damaged_file_is_one_sentence_and_exit_code_2(paths):
         (["mask"], "required: COMMAND"),
         (["msk"], "choose from 'mask'"),
         (["mask", "compare", "FILE"], "required: FILE"),
+        (["worker", "runs/sweep", "--cores", "a,b"], "invalid cores value: 'a,b'"),
+        (["worker", "runs/sweep", "--cores", "9999"], "--cores (9999,) cannot be had; this process has "),
         (
             ["recipe", "quickstart", "--tasks", "sentimnt"],
             "'sentimnt' is not built in; type some of acceptability, sent",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finemask_ds.config import TamtRecipeConfig
 from finemask_ds.dispatch.plan import Plan
+from finemask_ds.downstream import search_then_sweep
+from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
-from finemask_ds.recipes.tamt import BANDS, plan_of
-from finemask_ds.run import read_json
+from finemask_ds.recipes.tamt import BANDS, plan_of, run_recipe
+from finemask_ds.run import Run, read_json
+from tests.conftest import REPOSITORY
+from tests.search import jobs
 from tests.test_launchers import deepspeed, leaks, python, start
 
 QUICK = ("--steps", "4", "--batch_size", "8", "--seq_len", "32", "--eval_every", "2", "--lr", "1e-3")
@@ -138,3 +146,73 @@ def test_the_recipe_of_the_paper_runs_whole_in_miniature(
     assert ended.stdout.count("no data") >= 3
     scores = read_json(tmp_path / "r/results.json")
     assert len(scores) == 12
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
+        ({"tasks": ("mrpc",), "task_data": "nodata"}, "is no folder.*what is --data there is --task_data here"),
+    ],
+)
+def test_what_would_end_the_sweep_is_told_before_the_search(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, more: dict[str, Any], sentence: str
+) -> None:
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, dispatch="local", **more)
+    with pytest.raises(UserError, match=sentence):
+        search_then_sweep(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"tamt": "--stepz 3"}, "unknown option --stepz"),
+        ({"imp": "--lr -1"}, "--lr -1.0 must be at least 0"),
+        ({"finetune": "--bogus 1"}, "unknown option --bogus"),
+        ({"search": "'unclosed"}, "--search .* cannot be read .No closing quotation."),
+        ({"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
+        ({"task_data": "nodata", "tasks": ("mrpc",)}, "--data nodata is no folder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_recipe_looks_at_all_of_its_stages_before_the_first(
+    tmp_path: Path, more: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run_recipe(TamtRecipeConfig(run=str(tmp_path / "r"), model="builtin", data="builtin", **more))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_plan_is_not_written_into_the_run_directory_of_a_search(toy_mask: Path, tmp_path: Path) -> None:
+    Run.open(tmp_path / "omp", {}, {}, "omp")
+    with pytest.raises(UserError, match="omp is the run directory of a search or a fine-tuning; type another --run"):
+        Plan.write(tmp_path / "omp", [])
+    assert sorted(path.name for path in (tmp_path / "omp").iterdir()) == ["config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_fine_tuning_that_is_asked_to_end_saves_and_goes_on(
+    toy_bert: Path, toy_tasks: Path, toy_mask: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    options = ["--task", "cola", "--model", str(toy_bert), "--data", str(toy_tasks), "--mask", str(toy_mask)]
+    options += ["--run", str(tmp_path / "run"), "--steps", "100000", "--save_every", "10", "--eval_every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "launcher/finetune.py", *options], cwd=REPOSITORY, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while newest_step(tmp_path / "run/checkpoints") < 10:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number
+    assert said.endswith("finemask: asked to end; the same command goes on\n")
+    assert "Traceback" not in said

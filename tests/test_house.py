@@ -28,10 +28,22 @@ from finemask_ds.options import parse, parser_for
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "finemask_ds"
-FLOORS = ("masks", "models", "data", "engine", "search", "finetune", "dispatch", "analysis", "report", "recipes")
+FLOORS = ("masks", "models", "data", "engine", "search", "finetune", "dispatch", "report", "recipes")
 """Top to bottom: a folder may import only from folders above it, and from the modules that belong to no floor."""
-GROUND = {"config", "run", "errors", "provenance", "lock", "signals", "units", "pdsh", "hostprocess"}
-TOP = {"__init__", "options", "session", "downstream", "cli", "commands", "serve", "doctor", "supervise", "__main__"}
+GROUND = {
+    "config",
+    "run",
+    "errors",
+    "provenance",
+    "lock",
+    "signals",
+    "units",
+    "pdsh",
+    "hostprocess",
+    "silence",
+    "options",
+}
+TOP = {"__init__", "session", "downstream", "cli", "commands", "doctor", "supervise", "__main__"}
 """Modules at the very bottom of the house, which may import anything."""
 
 

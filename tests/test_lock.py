@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -100,3 +101,54 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_with_advice(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file \(.*\): type --root FOLDER$"):
         Lock(tmp_path / "file" / "lock", advice="type --root FOLDER").acquire()
+
+
+def test_a_lock_that_another_has_taken_over_meanwhile_stays(tmp_path, monkeypatch):
+    """Between the look at a dead holder and the removal, others may have removed the lock and taken it."""
+    mine, theirs = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
+    theirs.acquire()
+    monkeypatch.setattr(mine, "holder", lambda: Holder("dead", 100.0))
+    assert not mine.break_if_held_by("dead")
+    assert (tmp_path / "lock").read_text() == theirs.me
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_what_is_owned_is_refused_while_its_owner_lives_and_taken_over_when_not(tmp_path):
+    path = tmp_path / "lock"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    refused = Lock(path).owned("runs/a", wait=False)
+    with pytest.raises(UserError, match=f"runs/a is in use by process {process.pid} on "), refused:
+        pass
+    process.kill()
+    process.communicate(timeout=60)
+    with Lock(path).owned("runs/a", wait=False):
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_of_an_owner_on_another_host_the_next_beat_tells(tmp_path):
+    path, elsewhere = tmp_path / "lock", process_name(2**22 - 1).replace("@", "@other-") + "00000000"
+    path.write_text(elsewhere)
+    os.utime(path, (time.time() - 50, time.time() - 50))
+    with Lock(path).owned("runs/a", wait=False, stale_sec=51, poll_sec=0.05):
+        assert path.read_text() != elsewhere, "fell silent for too long while it was watched"
+    path.write_text(elsewhere)
+    beating = threading.Timer(0.3, os.utime, [path])
+    os.utime(path, (time.time() - 5, time.time() - 5))
+    beating.start()
+    refused = Lock(path).owned("runs/a", wait=False, poll_sec=0.05)
+    with pytest.raises(UserError, match="runs/a is in use by process 4194303 on other-"), refused:
+        pass
+    beating.join()
+
+
+def test_who_wants_what_is_left_waits_for_it(tmp_path):
+    lock = Lock(tmp_path / "lock")
+    lock.acquire()
+    release = threading.Timer(0.3, lock.release)
+    release.start()
+    with Lock(lock.path).owned("cache/head", wait=True, poll_sec=0.05):
+        assert not release.is_alive() or release.finished.is_set()
+    release.join()

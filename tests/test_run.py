@@ -274,3 +274,17 @@ def test_run_imports_nothing_heavy():
     code = "import sys, finemask_ds.run; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(answer.stdout) == []
+
+
+def test_masks_on_the_way_are_those_of_steps_and_rungs(tmp_path):
+    run = Run(tmp_path)
+    run.start_mask.parent.mkdir()
+    for path in (
+        run.start_mask,
+        run.snapshot(100),
+        run.snapshot(20),
+        run.rung_mask(0.3),
+        tmp_path / "masks/mine.safetensors",
+    ):
+        path.touch()
+    assert run.masks_on_the_way() == [run.rung_mask(0.3), run.snapshot(20), run.snapshot(100)]

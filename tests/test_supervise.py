@@ -15,7 +15,6 @@ import pytest
 
 from finemask_ds import hostprocess
 from finemask_ds.config import TamtConfig
-from finemask_ds.engine.termination import EXIT_CODE
 from finemask_ds.errors import UserError
 from finemask_ds.supervise import _usable, supervise, without_options
 from tests.conftest import REPOSITORY
@@ -97,6 +96,8 @@ with open(folder / f"starts-{rank}", "a") as stream:
 starts = (folder / f"starts-{rank}").stat().st_size
 if how == "bad input":
     sys.exit(2)
+if how == "passing trouble":
+    sys.exit(0 if starts == 2 else 75)
 if how == "faults" and starts == 3:
     sys.exit(0)
 if how == "faults" and starts == 1 and rank == "1":
@@ -158,12 +159,23 @@ def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_all_ranks_save_and_ends_everything(tmp_path: Path) -> None:
+def test_what_may_go_well_the_next_time_is_tried_again(tmp_path: Path) -> None:
+    with supervised("passing trouble", tmp_path) as process:
+        _, told = process.communicate(timeout=100)
+    assert process.returncode == 0, told
+    assert (tmp_path / "starts-0").read_text() == "xx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_supervisor_that_is_asked_to_end_lets_all_ranks_save_and_ends_everything(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with supervised("wait", tmp_path) as process:
         deadline = time.monotonic() + 100
         while not all((tmp_path / f"starts-{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.terminate()
-        assert process.wait(60) == EXIT_CODE
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))

@@ -61,7 +61,9 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _print_mask(mask: Mask) -> None:
-    rows = [_counts(name, _by(mask.shapes[name]), mask, [name]) for name in mask]
+    from finemask_ds.masks.mask import dimensions
+
+    rows = [_counts(name, dimensions(mask.shapes[name]), mask, [name]) for name in mask]
     groups: dict[str, list[str]] = {}
     for name in mask:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
@@ -158,7 +160,3 @@ def _model(name: str) -> str:
     from finemask_ds.session import pretrain
 
     return pretrain(PretrainConfig())
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

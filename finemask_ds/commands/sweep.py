@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finemask_ds.errors import UserError
+
 if TYPE_CHECKING:
     from finemask_ds.cli import Commands
     from finemask_ds.dispatch.estimate import MeasureCell
@@ -34,7 +36,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """What every worker's command line understands."""
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder of a plan, such as runs/sweep")
     parser.add_argument("--cell", nargs="+", default=[], metavar="ID", help="run only these cells")
-    parser.add_argument("--cores", type=_cores, default=(), metavar="0,1", help="stay on these cores, a thread on each")
+    parser.add_argument("--cores", type=cores, default=(), metavar="0,1", help="stay on these cores, a thread on each")
     parser.add_argument("--parent", type=int, default=0, metavar="PID", help="end when this parent process is gone")
     parser.add_argument("--log", default="", metavar="FILE", help="where this process prints to, for the record")
     parser.add_argument("--job", default="", metavar="NAME", help="what the executor calls this process")
@@ -53,7 +55,11 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
     for name in os.environ.keys() - alone(os.environ).keys():
         del os.environ[name]
     if arguments.cores:  # before torch is imported, which counts its threads once
-        os.sched_setaffinity(0, arguments.cores)
+        try:
+            os.sched_setaffinity(0, arguments.cores)
+        except (OSError, OverflowError) as error:
+            have = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise UserError(f"--cores {arguments.cores} cannot be had; this process has {have}") from error
         os.environ["OMP_NUM_THREADS"] = str(len(arguments.cores))
     if arguments.parent:
         end_with(arguments.parent)
@@ -63,7 +69,8 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
         work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
 
 
-def _cores(text: str) -> tuple[int, ...]:
+def cores(text: str) -> tuple[int, ...]:
+    """Numbers of cores, as 0,1."""
     return tuple(int(core) for core in text.split(","))
 
 

@@ -16,7 +16,7 @@ class DoctorConfig(Config):
     model: str = knob("", "model that every host must find: hub name, folder or 'builtin'; empty: not looked for")
     data: str = knob("", "text that every host must find, as of launcher/tamt.py; empty: not looked for")
     deepspeed: str = knob("", "DeepSpeed file of the run, for what it will compute in; empty: not looked at")
-    time_out_sec: int = knob(120, "everything ends after so long, whatever hangs", unit="seconds")
+    time_out_sec: int = knob(120, "everything ends after so long, whatever hangs", unit="seconds", least=1)
 
     @property
     def method(self) -> str:

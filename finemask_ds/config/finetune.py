@@ -9,7 +9,6 @@ from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs,
 from finemask_ds.errors import UserError
 
 _TABLE_1 = "TAMT Table 1, by task"
-_SMALLEST = {"eval_batch_size": 1, "batch_size": 1, "epochs": 1, "steps": 1, "seq_len": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +21,15 @@ class CellKnobs(Config):
     model: str = knob("", "hub name, folder, or 'builtin'; empty: the model of the (first) mask, bert-base-uncased "
                       "without one", source="TAMT 4.1.1")  # fmt: skip
     data: str = knob("", "GLUE root, task folder, 'hub' or 'builtin'; empty: the hub, for a built-in task 'builtin'")
-    epochs: int | None = knob(None, "times through the training rows; default by task", source=_TABLE_1)
-    steps: int | None = knob(None, "optimizer steps, in place of --epochs", unit="steps")
+    epochs: int | None = knob(None, "times through the training rows; default by task", source=_TABLE_1, least=1)
+    steps: int | None = knob(None, "optimizer steps, in place of --epochs", unit="steps", least=1)
     batch_size: int | None = knob(None, "rows (windows of a long context) per optimizer step; default by task",
-                                  unit="rows", source=_TABLE_1)  # fmt: skip
+                                  unit="rows", source=_TABLE_1, least=1)  # fmt: skip
     micro_batch_size: int = knob(0, "rows per forward on one rank; 0: all of the rank's at once", unit="rows")
-    eval_batch_size: int = knob(64, "dev rows per forward on one rank", unit="rows")
+    eval_batch_size: int = knob(64, "dev rows per forward on one rank", unit="rows", least=1)
     seq_len: int | None = knob(None, "most tokens of an input, longer ones are cut (a long context becomes windows); "
                                "default by task, at most the model's positions", unit="tokens",
-                               source=_TABLE_1)  # fmt: skip
+                               source=_TABLE_1, least=8)  # fmt: skip
     lr: float | None = knob(None, "peak learning rate, falling linearly to 0; default by task", source=_TABLE_1)
     warmup_steps: int | None = knob(None, "steps of the linear rise to the peak rate; default by task, 0 in the papers",
                                     unit="steps", source="authors' code")  # fmt: skip
@@ -42,17 +41,13 @@ class CellKnobs(Config):
                                 choices=("no", "bf16", "fp16"))  # fmt: skip
     eval_every: int | None = knob(None, "dev scores every so often and at the end (0: only there), the best counts; "
                                   "default by task", unit="steps", source=_TABLE_1)  # fmt: skip
-    log_every: int = knob(50, "a line and a TensorBoard point every so often", unit="steps")
+    log_every: int = knob(50, "a line and a TensorBoard point every so often", unit="steps", least=1)
     save_every: int = knob(500, "a checkpoint every so often, to go on from after a kill; 0: only when a worker is "
                            "asked to end", unit="steps")  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check the numbers; see the base class."""
         super().__post_init__()
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise UserError(f"--{name} {value} must be at least {smallest}")
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout {self.dropout} must be below 1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,17 +17,22 @@ VOLATILE = frozenset({
     "save_model", "predict", "dispatch", "tasks", "task_data", "finetune_seeds", "slots", "job_options", "job_setup",
     "ray_address", "wait", "after", "preset",
 })  # fmt: skip
-"""Knobs that change what is watched or how the work is cut up, never what is found: not part of a run's identity. A
-preset only fills in others, which are."""
+"""Knobs that change what is watched, or how and in what precision the work is done, but not what is asked for: not part
+of a run's identity. How it is done moves last bits, dropout's draws and with 16 bit more than that; ``result.json``
+tells it. A preset only fills in others, which are."""
 
 
+_MOST = 2**63
+"""Whole numbers are below it, so that seeds fit where they go."""
 _LOGIN = re.compile(r"://[^/\s@]+@")
 """As in https://name:password@host."""
 
 
-def knob(default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its own documentation to ``--help``."""
-    metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
+def knob(
+    default: Any, help: str, *, unit: str = "", source: str = "", choices: tuple[str, ...] = (), least: float = 0
+) -> Any:
+    """A dataclass field that carries its own documentation to ``--help``, and the values that it may have."""
+    metadata = {"help": help, "unit": unit, "source": source, "choices": choices, "least": least}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -42,18 +48,17 @@ class Config(ABC):
         Raises:
             UserError: naming the option, its value and what it may be.
         """
-        positive = {"batch_size", "seq_len", "log_every", "interval_steps", "time_out_sec", "silence_sec"}
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, choices, least = getattr(self, field.name), field.metadata["choices"], field.metadata["least"]
             if choices and value not in choices:
                 raise UserError(f"--{field.name} {value!r} is unknown; type one of {', '.join(choices)}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                if field.name in positive and value < 1:
-                    raise UserError(f"--{field.name} {value} must be at least 1")
-                if value != value or value < 0:
-                    raise UserError(f"--{field.name} {value} must not be negative")
-            texts = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(text, str) and _LOGIN.search(text) for text in texts):
+            values = value if isinstance(value, tuple) else (value,)
+            for number in (one for one in values if isinstance(one, int | float) and not isinstance(one, bool)):
+                if not number >= least:
+                    raise UserError(f"--{field.name} {number} must be at least {least}")
+                if number == math.inf or (isinstance(number, int) and number >= _MOST):
+                    raise UserError(f"--{field.name} {number} is too large")
+            if any(isinstance(text, str) and _LOGIN.search(text) for text in values):
                 raise UserError(
                     f"--{field.name} holds a login before the @ of an address, which would stand in config.json and "
                     "logs: type the address without it and give the secret in the environment or ~/.netrc"
@@ -76,6 +81,19 @@ class Config(ABC):
     def defaults(cls) -> dict[str, Any]:
         """The defaults of all knobs as JSON values."""
         return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def check_schedule(schedule_steps: int, num_steps: int, option: str) -> None:
+    """Refuse a decay that ends before the training does.
+
+    Raises:
+        UserError: naming the option that says how long the training is.
+    """
+    if schedule_steps < num_steps:
+        raise UserError(
+            f"--schedule_steps {schedule_steps} would let the rates be 0 from there on; type at least the {num_steps} "
+            f"of {option}"
+        )
 
 
 EXECUTORS = ("local", "slurm", "ray", "elsewhere")

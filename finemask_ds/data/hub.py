@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.data.sources import HUB_FORMATS, TextFiles, format_of, pick_splits, split_of
-from finemask_ds.errors import UserError, abbreviated
+from finemask_ds.errors import TransientError, UserError, abbreviated
 
 _CARD = "README.md"
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -94,7 +94,7 @@ def find_hub_files(wanted: Wanted) -> HubFiles:
             return Path(download(file, revision=info.sha))
         except Exception as error:
             again = "type the same command again to go on"
-            raise UserError(f"{file} of {wanted.name} could not be downloaded ({error}); {again}") from error
+            raise TransientError(f"{file} of {wanted.name} could not be downloaded ({error}); {again}") from error
 
     return HubFiles(splits, fetch, str(info.sha))
 

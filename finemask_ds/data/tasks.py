@@ -66,7 +66,8 @@ class Task:
     batch_size: int = 32
     seq_len: int = 128
     doc_stride: int = 128
-    """Tokens that neighbouring windows of a long context share (span tasks)."""
+    """Tokens that neighbouring windows of a long context share (span tasks), as transformers' own script has it; in
+    Devlin et al. 2019's code, which the papers' authors use, windows go on by so many."""
     lr: float = 2e-5
     warmup: float = 0.0
     """Share of the steps in which the rate rises."""
@@ -216,13 +217,22 @@ BUILTIN_TASKS = tuple(builtin.TASKS)
 """The five tasks of the built-in language."""
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str, option: str = "--task") -> Task:
     """The task of a name; case and punctuation do not matter, so that ``SST-2`` is ``sst2``.
+
+    Args:
+        name: as typed.
+        option: where it was typed, for the message.
 
     Raises:
         UserError: for an unknown one, naming the known.
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     if plain not in TASKS:
-        raise UserError(f"--task {name!r} is unknown; type one of {', '.join(TASKS)}")
+        raise UserError(f"{option} {name!r} is unknown; type one of {', '.join(TASKS)}")
     return TASKS[plain]
+
+
+def default_tasks(model: str) -> tuple[str, ...]:
+    """The tasks on which masks of a model are compared where none are typed."""
+    return BUILTIN_TASKS if model == "builtin" else PAPER_TASKS

@@ -25,7 +25,7 @@ from finemask_ds.errors import UserError
 from finemask_ds.lock import HEARTBEAT_SEC, Holder, Lock, host_of, new_name, process_name
 from finemask_ds.run import Run, disk_full_is_user_error, read_json, write_json
 
-_OWN = {"lock", "attempt.json", "failed.json", "result.json"}
+_OWN = {"lock", "attempt.json", "failed.json", "result.json", "done"}
 """What stays with an attempt; the rest goes over to the next one."""
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -233,6 +233,8 @@ def end_attempts(cells: Sequence[Path], who: int | str, error: str = "") -> None
         if attempt.job == who if isinstance(who, str) else holder.name.startswith(process_name(who)):
             if error:
                 attempt.fail(error)
+            else:  # It may have ended between the result and its publication.
+                attempt.publish(str(_dict(attempt.run.result).get("task")))
             attempt.let_go()
 
 

@@ -23,7 +23,7 @@ from finemask_ds.config import FinetuneConfig
 from finemask_ds.data.tasks import task_named
 from finemask_ds.errors import UserError
 from finemask_ds.lock import STALE_SEC, Lock
-from finemask_ds.run import content_hash, file_sha256, mask_file, read_json, write_json
+from finemask_ds.run import Run, content_hash, file_sha256, mask_file, read_json, write_json
 
 PLAN_VERSION = 1
 RETRIES = 2
@@ -116,6 +116,10 @@ class Plan:
         if retries < 0:
             raise UserError(f"--retries {retries} must not be negative")
         root = Path(root)
+        if Run(root).config.exists():
+            raise UserError(
+                f"{root} is the run directory of a search or a fine-tuning; type another --run for the plan"
+            )
         with Lock(root / "plan.lock").held():
             before = cls.read(root).cells if (root / "plan.json").exists() else ()
             merged = {cell.id: cell for cell in (*before, *cells)}

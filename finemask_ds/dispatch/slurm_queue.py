@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finemask_ds import hostprocess
 from finemask_ds.dispatch.worker import alone
 from finemask_ds.errors import UserError
 
@@ -106,11 +107,12 @@ def most_tasks() -> int:
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    # What the job that this process may run in says of itself would be believed by the job that is submitted.
+    # What the job that this process may run in says of itself would be believed by the job that is submitted; and
+    # with the mark of a supervised launch it would be ended with that.
     variables = {
         name: value
         for name, value in alone(os.environ).items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SQUEUE_"))
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SQUEUE_", hostprocess.VARIABLE))
     }
     try:
         return subprocess.run(

@@ -113,7 +113,7 @@ def _disks(config: DoctorConfig) -> dict[str, tuple[str, int]]:
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that there is: looking must not make any."""
     folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _look_for(config: DoctorConfig, world: World) -> tuple[dict[str, str], str]:

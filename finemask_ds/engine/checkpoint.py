@@ -218,4 +218,4 @@ def _finish(temporary: Path, final: Path, told: Mapping[str, Any]) -> None:
     write_json(temporary / "state.json", sealed(told))
     os.replace(temporary, final)
     for old in complete_steps(final.parent)[:-KEPT]:
-        shutil.rmtree(final.parent / f"step-{old}")
+        shutil.rmtree(final.parent / f"step-{old}", ignore_errors=True)  # A file that is open on NFS stays a while.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ from finemask_ds.run import content_hash, read_json
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/state.json"))
+    names = (path.parent.name for path in folder.glob("step-*/state.json"))
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
 
 
 def newest_step(folder: Path) -> int:

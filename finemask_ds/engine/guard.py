@@ -19,7 +19,7 @@ from finemask_ds.engine.join import of_this_start
 from finemask_ds.engine.sidecar import Sidecar
 from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
-from finemask_ds.errors import UserError
+from finemask_ds.errors import TransientError, UserError
 
 SILENCE_SEC = 30.0
 """A rank that has given no sign of life for so long is given up."""
@@ -58,13 +58,13 @@ def check_agreement(world: World, digests: Mapping[str, str], step: int) -> None
         step: for the message.
 
     Raises:
-        UserError: on all ranks, naming the first rank and the first thing that differ from the first rank's.
+        TransientError: on all ranks, naming the first rank and the first thing that differ from the first rank's.
     """
     everyone = world.gather(dict(digests))
     for rank, theirs in enumerate(everyone):
         differing = [name for name, digest in everyone[0].items() if theirs.get(name) != digest]
         if differing:
-            raise UserError(
+            raise TransientError(
                 f"the mask of {differing[0]} on rank {rank} is not that of rank 0 at step {step} ({len(differing)} of "
                 f"{len(digests)} matrices differ); start the same command again from the last checkpoint, and look at "
                 "the memory of that rank's host if it comes back"

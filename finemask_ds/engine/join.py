@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import TransientError, UserError
 
 START_SEC = 20.0
 """Beyond the time after which a silent rank is given up, ranks may start so much later than each other."""
@@ -66,7 +66,8 @@ def _listen(address: str, port: int) -> socket.socket | None:
         where the host's own name leads to its loopback, as on Debian, and the other hosts mean another one by it.
 
     Raises:
-        UserError: where the port is taken, or nobody knows the address.
+        TransientError: where the port is taken.
+        UserError: where nobody knows the address.
     """
     try:
         for family, kind, protocol, _, where in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
@@ -74,7 +75,8 @@ def _listen(address: str, port: int) -> socket.socket | None:
             if not is_own_name and (listener := _bind(socket.socket(family, kind, protocol), where)):
                 return listener
     except OSError as error:
-        raise UserError(
+        refused = TransientError if error.errno == errno.EADDRINUSE else UserError
+        raise refused(
             f"port {port} of {address} cannot be listened on ({error.strerror}): type --master_addr and --master_port "
             "to the launcher, an address of the first host and a port that is free there"
         ) from error

@@ -93,7 +93,7 @@ def train(
         counts: micro-batch -> how many items each sum is over.
         span: which steps, and the learning rates' schedule.
         recorder: takes the metrics.
-        seed: of the dropout draws, which depend on (seed, position, rank) alone.
+        seed: of the dropout draws, which depend on (seed, position, rank) and the shapes of the micro-batches alone.
         after_step: called in order after the optimizer's part of each step, and of the step as its time is taken.
         hooks: called in order after each step.
         watched: step -> label -> names of parameters whose gradient norm is recorded.
@@ -221,7 +221,7 @@ def _total_counts(engine: Engine, counted: Sequence[Mapping[str, int]]) -> dict[
 
 
 def _draw_seed(seed: int, position: int, rank: int) -> int:
-    """A seed for torch from what the draw is for; mixed so that neighbours are unrelated (splitmix64)."""
+    """A seed for torch from what the draw is for; mixed so that neighbours are unrelated."""
     mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
     return mixed % 2**63

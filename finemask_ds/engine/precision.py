@@ -72,10 +72,10 @@ def resolve_precision(
 
 def _asked(settings: Mapping[str, Any], file: str) -> tuple[torch.dtype | None, Mapping[str, Any], str]:
     """The type that the file asks for, the block with its loss-scale keys, and the block's name if translated."""
-    asked = {name: dtype for name, dtype in BLOCKS.items() if (settings.get(name) or {}).get("enabled")}
+    asked = {name: dtype for name, dtype in BLOCKS.items() if _is_on(settings.get(name) or {})}
     autocast = settings.get("torch_autocast") or {}
     block = settings.get("fp16") or {}
-    if autocast.get("enabled"):
+    if _is_on(autocast):
         named = str(autocast.get("dtype", "bfloat16"))
         dtype = DTYPES.get(named.removeprefix("torch."))
         if dtype is None:
@@ -88,6 +88,11 @@ def _asked(settings: Mapping[str, Any], file: str) -> tuple[torch.dtype | None, 
     for name, dtype in asked.items():
         return dtype, block, name
     return None, block, ""
+
+
+def _is_on(block: Mapping[str, Any]) -> bool:
+    """Whether a block is enabled; "auto" leaves it to us, who do not."""
+    return block.get("enabled") not in (None, False, "auto")
 
 
 def check_mixed_precision(asked: str, device: torch.device) -> None:

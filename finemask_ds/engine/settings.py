@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from finemask_ds.engine.precision import DTYPES
 from finemask_ds.errors import UserError
+
+_BLOCKS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "data_types")
+_INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file as a dict.
 
     Raises:
-        UserError: where it is missing or no JSON object.
+        UserError: where it is missing, no JSON object, or holds something else where it should hold a block.
     """
     try:
         settings = json.loads(Path(file).read_text())
@@ -27,6 +32,9 @@ def read_settings(file: str | Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {file} is no JSON ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"DeepSpeed file {file} must hold one JSON object")
+    for key in _BLOCKS:
+        if not isinstance(settings.get(key) or {}, dict):
+            raise UserError(f'{file} has "{key}": {json.dumps(settings[key])}; it must be a block in braces')
     return settings
 
 
@@ -53,6 +61,36 @@ def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, An
     }.items():
         if key in settings:
             raise UserError(f'{file} has a "{key}" block, whose numbers come from {options}; remove the block')
+    zero = settings.get("zero_optimization") or {}
+    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3):
+        raise UserError(f"{file} asks for ZeRO stage {json.dumps(stage)}; type 0, 1, 2 or 3")
+    if inexact := [key for key in _INEXACT if zero.get(key)]:
+        raise UserError(f'{file} has "{inexact[0]}", which would round the scores or theta_0; remove the key')
+    if "amp" in settings:
+        raise UserError(f'{file} has an "amp" block; remove it and type "torch_autocast" (as configs/ds/zero2.json)')
+
+
+@contextlib.contextmanager
+def known_settings(file: str) -> Iterator[None]:
+    """Turn DeepSpeed's refusal of a key of the file, or of its value, into a UserError that names it."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f'{file}: DeepSpeed refuses "{key}" ({first["msg"]}); mend or remove the key') from error
+
+
+def accumulate_in_fp32(settings: dict[str, Any], file: str) -> None:
+    """Let DeepSpeed add gradients up in fp32, in which small ones of scores do not vanish.
+
+    Raises:
+        UserError: where the file asks for another type.
+    """
+    asked = (settings.get("data_types") or {}).get("grad_accum_dtype") or "auto"
+    if asked not in ("auto", "fp32", "float32"):
+        raise UserError(f'{file} has "grad_accum_dtype": {json.dumps(asked)}; type "fp32", or remove the key')
+    settings["data_types"] = {"grad_accum_dtype": "fp32"}
 
 
 def set_communication(settings: dict[str, Any], stage: int, parameters: Iterable[nn.Parameter], file: str) -> None:

@@ -8,11 +8,13 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
-from finemask_ds.run import disk_full_is_user_error
+from finemask_ds.lock import Lock
+from finemask_ds.run import Run, disk_full_is_user_error
 
 PATIENCE_SEC = 20.0
 """A network file system may show a new file to other hosts only after a while."""
@@ -31,6 +33,43 @@ def check_shared(world: World, folder: Path, patience_sec: float = PATIENCE_SEC)
             f"{blind[0]} does not see the run directory {folder.absolute()} of rank 0 on {first}; type --run DIR with "
             "a folder on a file system that all hosts share"
         )
+
+
+@contextlib.contextmanager
+def at_work_in(run: Run, world: World, *, wait: bool = False) -> Iterator[None]:
+    """Keep a run directory to this process and its ranks, as a second one would mix its files with theirs; collective.
+
+    Args:
+        run: which one.
+        world: the ranks.
+        wait: for another process's end, where what it leaves is wanted, instead of refusing.
+
+    Raises:
+        UserError: on all ranks, where another process is at work in it.
+    """
+    with contextlib.ExitStack() as held:
+        world.on_first(lambda: held.enter_context(Lock(run.lock).owned(str(run.folder), wait=wait)))
+        yield
+
+
+def check_same(world: World, told: Mapping[str, str]) -> None:
+    """Refuse to start where a host has other content under the same name; collective.
+
+    Args:
+        world: the ranks.
+        told: what it is, for the message -> hash of what this rank has.
+
+    Raises:
+        UserError: on all ranks, naming a host and what differs there.
+    """
+    everyone = world.gather((socket.gethostname(), dict(told)))
+    first_host, first = everyone[0]
+    for host, theirs in everyone[1:]:
+        if differing := [what for what, key in first.items() if theirs.get(what) != key]:
+            raise UserError(
+                f"{differing[0]} on {host} is not the same as on {first_host}, under the same name; copy it there, or "
+                "name one on a file system that all hosts share"
+            )
 
 
 def hosts_without(world: World, folder: Path, patience_sec: float = PATIENCE_SEC) -> list[str]:

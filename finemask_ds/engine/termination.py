@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send some time before they kill: a rank that trains saves, any other ends at once."""
+"""SIGTERM, which schedulers send some time before they kill, and Ctrl-C: a rank that trains saves, any other ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-EXIT_CODE = 128 + signal.SIGTERM
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SEC = 5.0
 """Signals closer together than this are one: the scheduler may send it to a rank, and the launcher once more."""
 
@@ -30,30 +30,38 @@ class Termination:
 
     def __init__(self) -> None:
         self.asked = False
-        """Whether SIGTERM came while the rank trained: the loop tells the other ranks, and all save."""
+        """Whether a signal came while the rank trained: the loop tells the other ranks, and all save."""
+        self.signal = signal.SIGTERM
+        """The one that came; where only other ranks were asked, as a scheduler asks."""
         self.before_end: Callable[[], None] = lambda: None
         """Called before this process ends at once."""
         self._trains = False
 
     @classmethod
     def current(cls) -> Termination:
-        """The one that handles this process's SIGTERM; where none does, one that is never asked."""
+        """The one that handles this process's signals; where none does, one that is never asked."""
         handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         return handler if isinstance(handler, cls) else cls()
 
+    @property
+    def exit_code(self) -> int:
+        """As shells tell it."""
+        return 128 + self.signal
+
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
-        """Handle SIGTERM while the block runs; in the main thread only."""
+        """Handle SIGTERM and Ctrl-C while the block runs; in the main thread only."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         listener = threading.Thread(target=self._listen, args=(read,), name="finemask-sigterm", daemon=True)
         listener.start()
         told_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        handled_before = signal.signal(signal.SIGTERM, self._handle)
+        handled_before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, handled_before)
+            for number, handler in handled_before.items():
+                signal.signal(number, handler)
             signal.set_wakeup_fd(told_before)
             os.close(write)
             listener.join()
@@ -61,7 +69,7 @@ class Termination:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Where SIGTERM is only remembered, as the loop looks at ``asked`` in each step."""
+        """Where a signal is only remembered, as the loop looks at ``asked`` in each step."""
         self._trains = True
         try:
             yield
@@ -76,8 +84,11 @@ class Termination:
     def _listen(self, read: int) -> None:
         first = 0.0
         while signals := os.read(read, 64):
-            if signal.SIGTERM not in signals:
+            came = [number for number in _SIGNALS if number in signals]
+            if not came:
                 continue
+            if not self.asked:
+                self.signal = came[0]
             if not self._trains:
                 self._end("outside of training")
             if self.asked and time.monotonic() - first > REPEAT_SEC:
@@ -90,6 +101,8 @@ class Termination:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             ended = f"ended on {socket.gethostname()} {when}; what is done and the last checkpoint stay"
             # The main thread may have turned sys.stderr elsewhere, as while a library is kept quiet.
-            print(f"finemask: SIGTERM: {ended}, and the same command goes on", file=sys.__stderr__, flush=True)
+            print(
+                f"finemask: {self.signal.name}: {ended}, and the same command goes on", file=sys.__stderr__, flush=True
+            )
         self.before_end()
-        os._exit(EXIT_CODE)
+        os._exit(self.exit_code)

@@ -72,14 +72,14 @@ class World:
 
     def together(self, action: Callable[[], T]) -> T:
         """Run an action on every rank; where it is a UserError on some, it is the first one's on all of them."""
-        result, said = None, None
+        result, raised = None, None
         try:
             result = action()
         except UserError as error:
-            said = str(error)
-        first = next((error for error in self.gather(said) if error is not None), None)
+            raised = error
+        first = next((error for error in self.gather(raised) if error is not None), None)
         if first is not None:
-            raise UserError(first)
+            raise first
         return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -91,10 +91,10 @@ class World:
             try:
                 outcome[0] = action()
             except UserError as error:
-                outcome[1] = str(error)
+                outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
 

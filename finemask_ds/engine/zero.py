@@ -37,9 +37,17 @@ from finemask_ds.engine.launched import choose_interface
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.engine.precision import resolve_precision
 from finemask_ds.engine.scaling import DeepSpeedScaler
-from finemask_ds.engine.settings import check_settings, read_settings, set_communication, size_buckets
+from finemask_ds.engine.settings import (
+    accumulate_in_fp32,
+    check_settings,
+    known_settings,
+    read_settings,
+    set_communication,
+    size_buckets,
+)
 from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
+from finemask_ds.silence import silent_output
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -119,12 +127,13 @@ class ZeroEngine(Engine):
         module.to(world.device)
         cast_frozen(module, self.precision.compute)
         set_communication(settings, self.stage, self.parameters.values(), file)
+        accumulate_in_fp32(settings, file)
         size_buckets(settings, self.parameters.values())
         # DeepSpeed keeps for the whole process whether any engine of it has computed in autocast.
         self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         optimizer = optimizer_for(groups)
         self._norms = GradientNorms(self, optimizer)
-        with _quiet():
+        with silent_output(), known_settings(file):
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._scaler = DeepSpeedScaler(self.loss_scale)
         self._install_scaler()
@@ -273,16 +282,9 @@ def _import_deepspeed() -> Any:
     """Import on first use: it takes seconds, prints a banner and picks the accelerator from the environment."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _quiet():
+    with silent_output():
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel(logging.ERROR)
     return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's prints on stdout out of ours."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        yield

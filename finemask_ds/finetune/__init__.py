@@ -1,1 +1,1 @@
-"""Fine-tuning: (backbone, Mask or none, task, data fraction, seed) -> result.json."""
+"""Fine-tuning: (backbone, Mask or none, task, number of training rows, seed) -> result.json."""

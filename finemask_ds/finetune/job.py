@@ -140,6 +140,16 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     )  # fmt: skip
 
 
+def check_tasks(tasks: Sequence[Task], data: str) -> None:
+    """Check that the rows to train and to evaluate on are there.
+
+    Raises:
+        UserError: naming ``--data`` and what it lacks.
+    """
+    for task in tasks:
+        check_data(task, data, ["train", "dev"])
+
+
 def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
     """Check what the cells of a sweep will need: every task's files, every mask against the backbone.
 
@@ -153,8 +163,7 @@ def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model:
     Raises:
         UserError: what would end the first cell that needs it.
     """
-    for name in tasks:
-        check_data(task_named(name), data, ["train", "dev"])
+    check_tasks([task_named(name, "--tasks") for name in tasks], data)
     if masks:
         downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
         for found in map(MaskFile.read, masks):

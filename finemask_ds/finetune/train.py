@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from finemask_ds.engine.local import LocalEngine
 from finemask_ds.engine.loop import every, train
 from finemask_ds.engine.memory import forget_peak_memory, peak_memory_gib
 from finemask_ds.engine.record import run_recorder
+from finemask_ds.engine.shared import at_work_in
+from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.constrain import FixedMask
@@ -50,15 +51,20 @@ def fine_tune(
     run = world.on_first(lambda: open_run(job, config))
     if world.on_first(lambda: run.done("finetune")):
         return {**world.on_first(lambda: run.result_of("finetune")), "run": str(run.folder)}
+    with at_work_in(run, world):
+        return _fine_tune(job, run, world, interruption or Interruption())
+
+
+def _fine_tune(job: Job, run: Run, world: World, interruption: Interruption) -> dict[str, Any]:
     forget_peak_memory(world.device)
     task_model = TaskModel(job.downstream.model, job.task.kind)
     engine = start_engine(job, world, task_model)
     fixed = FixedMask(engine, job.downstream.model, job.mask) if job.mask else None
-    cell = Cell(job, run, engine, task_model, interruption or Interruption())
+    cell = Cell(job, run, engine, task_model, interruption)
     cell.train()
     if fixed:
         fixed.check(engine)
-    seconds = cell.seconds
+    seconds = cell.stopwatch.seconds
     if job.wants_best:
         put_back(job.downstream.model, run.best_weights(cell.curve.best["step"]))
         if fixed:
@@ -111,15 +117,9 @@ class Cell:
         self.job, self.run, self.engine, self.task_model = job, run, engine, task_model
         self.interruption = interruption
         state = load_checkpoint(run.checkpoints, engine) or {"step": 0}
-        self.step, self.before_sec = state["step"], state.get("seconds", 0.0)
+        self.step, self.stopwatch = state["step"], Stopwatch(state.get("seconds", 0.0))
         self.curve = Curve(job.task.metric, state.get("curve", []))
-        self.started = time.monotonic()
         self._loss, self._logged = float("nan"), 0
-
-    @property
-    def seconds(self) -> float:
-        """Wall time over all restarts, without loading."""
-        return self.before_sec + time.monotonic() - self.started
 
     def train(self) -> None:
         """Take the steps that are left, evaluating and saving on the way; when asked to end, save first.
@@ -160,7 +160,7 @@ class Cell:
         self._loss, self._logged = self.recorder.flush(step)["train/loss"], step
 
     def _save(self, step: int) -> None:
-        about = {"curve": self.curve.points, "seconds": self.seconds}
+        about = {"curve": self.curve.points, "seconds": self.stopwatch.seconds}
         save_checkpoint(self.run.checkpoints, self.engine, step, about)
         # Only now: a kill before the checkpoint would have needed the best of the one before.
         if self.curve.points:

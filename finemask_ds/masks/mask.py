@@ -174,7 +174,7 @@ class Mask(Mapping[str, Tensor]):
             *_some(f"has what {owner} has not,", [name for name in self if name not in shapes]),
             *_some(
                 f"differs from {owner} in",
-                [f"{name} ({_by(self._shapes[name])}, there {_by(shapes[name])})" for name in other],
+                [f"{name} ({dimensions(self._shapes[name])}, there {dimensions(shapes[name])})" for name in other],
             ),
         ]
         if problems:
@@ -229,7 +229,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _by(shape: Shape) -> str:
+def dimensions(shape: Shape) -> str:
+    """A shape as it is written: 768 x 3072."""
     return " x ".join(map(str, shape)) or "nothing"
 
 

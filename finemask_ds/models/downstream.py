@@ -122,8 +122,9 @@ class TaskModel(nn.Module):
                 float scores, or start_positions and end_positions, int64 [rows].
 
         Returns:
-            In training ``loss``: the weighted sum over rows of cross entropy (of a span the mean of start's and end's)
-            or squared error. In evaluation ``logits``, fp32: [rows, classes], [rows, 1] or [rows, tokens, 2].
+            In training ``loss``: the weighted sum over rows of cross entropy (of a span the mean of start's and end's,
+            over the row's own tokens) or squared error. In evaluation ``logits``, fp32: [rows, classes], [rows, 1] or
+            [rows, tokens, 2].
         """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
         output = self.model(**inputs)
@@ -140,7 +141,9 @@ class TaskModel(nn.Module):
             return (logits[:, 0] - batch["labels"]).square()
         if self.kind != SPAN:
             return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-        # No attention mask here: as in the papers' code, padding may be named and is learnt never to be.
+        # The papers' code pads every window to its longest and learns never to name padding; here windows are padded
+        # to the longest beside them, and what is beside them must not matter.
+        logits = logits.masked_fill(batch["attention_mask"][..., None] == 0, -torch.inf)
         start = nn.functional.cross_entropy(logits[:, :, 0], batch["start_positions"], reduction="none")
         end = nn.functional.cross_entropy(logits[:, :, 1], batch["end_positions"], reduction="none")
         return (start + end) / 2

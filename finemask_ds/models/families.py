@@ -46,6 +46,8 @@ class Family:
     """Path of the word embedding."""
     roles: Mapping[str, str]
     """Role -> name of the weight inside the backbone, with ``{layer}`` where it repeats."""
+    pads_positions: bool = False
+    """Whether positions start after the padding token's number, so that so many rows are lost (RoBERTa: 512 of 514)."""
 
     @property
     def layers(self) -> str:
@@ -76,7 +78,9 @@ _BERT_ROLES = {
     "pooler": "pooler.dense.weight",
 }
 
-_ROBERTA = Family("roberta", "lm_head", "lm_head.decoder", "roberta.embeddings.word_embeddings", _BERT_ROLES)
+_ROBERTA = Family(
+    "roberta", "lm_head", "lm_head.decoder", "roberta.embeddings.word_embeddings", _BERT_ROLES, pads_positions=True
+)
 
 FAMILIES: Mapping[str, Family] = {
     "bert": Family("bert", "cls", "cls.predictions.decoder", "bert.embeddings.word_embeddings", _BERT_ROLES),
@@ -116,9 +120,9 @@ def prunable(model: nn.Module, targets: str = "paper") -> dict[str, Place]:
 
 
 def max_positions(model: nn.Module) -> int:
-    """Longest sequence in tokens (RoBERTa's positions start after the padding index: 514 rows, 512 tokens)."""
+    """Longest sequence in tokens."""
     config: Any = model.config
-    offset = config.pad_token_id + 1 if family_of(config.model_type).backbone == "roberta" else 0
+    offset = config.pad_token_id + 1 if family_of(config.model_type).pads_positions else 0
     return config.max_position_embeddings - offset
 
 

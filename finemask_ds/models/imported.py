@@ -40,22 +40,20 @@ def import_mask(source: Path, model: str, called: str | None = None, *, from_zer
         UserError: where the file is none of these masks, the model has no such zeros, or either is of another model.
     """
     pretrained = load_pretrained(model)
-    digest = pretrained.digest()
     add_pooler(pretrained.model, model)  # BERT-Tickets and TAMT's code prune it too.
-    places, shapes = {}, {}
-    for name, parameter in pretrained.model.named_parameters():
-        if place := pretrained.family.place(name):
-            places[name], shapes[name] = place, tuple(parameter.shape)
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in pretrained.model.named_parameters()
+        if pretrained.family.place(name)
+    }
     foreign = _zeros(source, pretrained) if from_zeros else read_foreign(source, shapes)
     ours = {name: foreign.matrices[name] for name in shapes if name in foreign.matrices}
     others = {name: keep for name, keep in foreign.matrices.items() if name not in shapes}
     mask = Mask({**ours, **others})
     mask.check({name: shapes[name] for name in ours}, "the prunable part of the model")
-    if any(places[name].role == "pooler" for name in mask):
-        digest = pretrained.digest()  # A search that prunes the pooler counts it to theta_0.
     provenance = {
         "model": called or model,
-        "model_sha256": digest,
+        "model_sha256": pretrained.digest(),
         "method": "imported",
         "format": foreign.format,
         "source": source.name,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, max_positions, prunable
 from finemask_ds.run import disk_full_is_user_error
+from finemask_ds.silence import silent_output
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,14 @@ def quiet_transformers() -> Any:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Swallow the libraries' progress bars and banners (loading imports deepspeed, which greets on stdout)."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), silent_output():
         yield
 
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
     """Turn the loader's failures into one sentence."""
-    if Path(name).is_absolute() and not Path(name).is_dir():
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise UserError(f"--model {name}: there is no such folder; type one with config.json and model.safetensors")
     try:
         with _silence():

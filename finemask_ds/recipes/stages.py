@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finemask_ds.config import PretrainConfig
+from finemask_ds.config import Config, ImpConfig, MagnitudeConfig, PretrainConfig, SweepConfig, TamtConfig
 from finemask_ds.errors import UserError
+from finemask_ds.hostprocess import free_port
+from finemask_ds.options import parse
 from finemask_ds.report.table import aligned, markdown
 from finemask_ds.run import Run, read_json, write_json
 from finemask_ds.search.dense import builtin_folder
 
+CONFIGS: Mapping[str, type[Config]] = {
+    "dispatch.py": SweepConfig,
+    "imp.py": ImpConfig,
+    "magnitude.py": MagnitudeConfig,
+    "pretrain.py": PretrainConfig,
+    "tamt.py": TamtConfig,
+}
+"""Launcher -> what its options make."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -50,6 +59,14 @@ class Stage:
     def searches(self) -> bool:
         """Whether it finds a mask."""
         return self.launcher not in ("pretrain.py", "dispatch.py")
+
+    def check(self, shared: Sequence[str]) -> Config:
+        """The configuration that its options make.
+
+        Raises:
+            UserError: for an unknown option or a value that cannot be.
+        """
+        return parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
 
     def run(self, root: Path) -> Run:
         """The stage's run directory (the built-in model is in the cache, for all runs of this machine)."""
@@ -91,7 +108,7 @@ def run_stage(stage: Stage, root: Path, shared: Sequence[str] = (), label: str =
     if stage.is_done(root):
         print(f"{label}{stage.name}: done", flush=True)
         return
-    command = stage.command(root, shared, _free_port())
+    command = stage.command(root, shared, free_port("127.0.0.1"))
     print(f"{label}{stage.name}: {shlex.join(command)}", flush=True)
     if (code := subprocess.run(command, env=_environment(stage.ranks), check=False).returncode) != 0:
         raise UserError(f"stage {stage.name} ended with code {code}, see above; start the same command to go on")
@@ -123,9 +140,3 @@ def _environment(ranks: int) -> dict[str, str]:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"  # Otherwise DeepSpeed warns at every start that it found none.
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -6,11 +6,14 @@ Nested as in Section 4.1.3: three masks of each method (OMP has one), three fine
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finemask_ds.config import TamtRecipeConfig
+from finemask_ds.config import SweepConfig, TamtRecipeConfig
+from finemask_ds.data.tasks import default_tasks, task_named
+from finemask_ds.errors import UserError
+from finemask_ds.finetune.job import check_tasks
 from finemask_ds.masks.schedule import ladder
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages
 from finemask_ds.report.collect import collect
@@ -43,12 +46,12 @@ def plan_of(config: TamtRecipeConfig) -> Plan:
 def _search(config: TamtRecipeConfig, method: str, sparsity: float, seed: int) -> tuple[Stage, Path]:
     """The search of one mask and where it leaves it; IMP passes its smaller sparsities on the way to the largest."""
     root, largest = Path(config.run), max(config.sparsities)
-    shared = ("--seed", str(seed), *shlex.split(config.search))
+    shared = ("--seed", str(seed), *_words("--search", config.search))
     if method == "imp":
         on_the_way = sparsity in ladder(largest)
         target = largest if on_the_way else sparsity
-        stage = Stage(f"imp-s{target:g}-seed{seed}", "imp.py", (*_sparse(target), *shared, *shlex.split(config.imp)),
-                      config.ranks, config.zero)  # fmt: skip
+        options = (*_sparse(target), *shared, *_words("--imp", config.imp))
+        stage = Stage(f"imp-s{target:g}-seed{seed}", "imp.py", options, config.ranks, config.zero)
         run = stage.run(root)
         return stage, run.rung_mask(sparsity) if on_the_way else run.mask
     name = f"{method}-s{sparsity:g}-seed{seed}"
@@ -56,7 +59,7 @@ def _search(config: TamtRecipeConfig, method: str, sparsity: float, seed: int) -
         stage = Stage(name, "magnitude.py", ("--kind", method, *_sparse(sparsity), *shared), ranks=0)
     else:
         objective = ("--objective", method.removeprefix("tamt-"))
-        options = (*objective, *_sparse(sparsity), *shared, *shlex.split(config.tamt))
+        options = (*objective, *_sparse(sparsity), *shared, *_words("--tamt", config.tamt))
         stage = Stage(name, "tamt.py", options, config.ranks, config.zero)
     return stage, stage.run(root).mask
 
@@ -68,14 +71,39 @@ def _sparse(sparsity: float) -> tuple[str, str]:
 def run_recipe(config: TamtRecipeConfig) -> str:
     """Run what is not done yet; the paper's statements beside what was found."""
     root, plan = Path(config.run), plan_of(config)
-    print(f"{len(plan.searches)} searches, {len(plan.masks)} masks to fine-tune", flush=True)
-    run_stages(plan.searches, root, ("--model", config.model, "--data", config.data))
+    shared = ("--model", config.model, "--data", config.data)
     options = ["--model", config.model, "--masks", *map(str, plan.masks), "--seeds", *map(str, config.finetune_seeds)]
     options += ["--tasks", *config.tasks] if config.tasks else []
     options += ["--data", config.task_data] if config.task_data else []
-    sweep = Stage("downstream", "dispatch.py", (*options, *shlex.split(config.finetune)), ranks=0)
+    sweep = Stage("downstream", "dispatch.py", (*options, *_words("--finetune", config.finetune)), ranks=0)
+    check(plan.searches, sweep, shared)
+    print(f"{len(plan.searches)} searches, {len(plan.masks)} masks to fine-tune", flush=True)
+    run_stages(plan.searches, root, shared)
     run_stage(sweep, root)
     return compare(sweep.run(root), config.sparsities)
+
+
+def check(searches: Sequence[Stage], sweep: Stage, shared: Sequence[str]) -> None:
+    """Refuse, before hours of searches, what would end one of them or the sweep after them.
+
+    Raises:
+        UserError: for options that a stage does not have, unknown tasks or missing rows.
+    """
+    for stage in searches:
+        stage.check(shared)
+    asked = sweep.check(shared)
+    assert isinstance(asked, SweepConfig)
+    check_tasks([task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)], asked.data)
+
+
+def _words(option: str, text: str) -> list[str]:
+    """Options that are quoted in one option."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text!r} cannot be read ({error}); type options in quotes, as '--steps 100'"
+        ) from error
 
 
 def compare(sweep: Run, sparsities: tuple[float, ...]) -> str:

@@ -41,7 +41,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, l
     Raises:
         UserError: where nothing is found or the folder cannot be written.
     """
-    out = Path(out) if out is not None else Path(runs[0]) / "report"
+    first = Path(runs[0])
+    out = Path(out) if out is not None else (first.parent if first.is_file() else first) / "report"
     collection = collect(runs)
     content = put_together(collection, out)
     cells = [cell for part in content.parts for cell in part.cells]

@@ -1,4 +1,4 @@
-"""Magnitudes weighed by what flows through them: |w| times the norm of its input (Wanda, Sun et al. 2023, Eq. 2)."""
+"""Magnitudes weighed by what flows through: |w| times the norm of its input (Wanda, Sun et al. 2023, Section 3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finemask_ds.masks.initialise import ranked
+from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained
+from finemask_ds.search.selection import evenly
 from finemask_ds.search.setting import Setting
 
 NUM_TOKENS = 16_384
@@ -27,6 +30,16 @@ def activation_magnitudes(theta0: Pretrained, setting: Setting) -> dict[str, Ten
     """
     norms = setting.world.on_first(lambda: input_norms(theta0, setting))
     return {name: weight.float().abs() * norms[name] for name, weight in theta0.targets.items()}
+
+
+def activation_sizes(theta0: Pretrained, setting: Setting) -> tuple[Mask, dict[str, Tensor]]:
+    """The mask of the largest ``activation_magnitudes`` by ``evenly``, and those in units of the smallest kept one.
+
+    So the sizes of all matrices can be ranked together: the kept ones, and no others, have at least 1.
+    """
+    magnitudes = activation_magnitudes(theta0, setting)
+    start = evenly(magnitudes, theta0.places, setting.search)
+    return start, {name: ranked(magnitude, start[name], phi=1.0) for name, magnitude in magnitudes.items()}
 
 
 def input_norms(theta0: Pretrained, setting: Setting) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def conclude(setting: Setting, outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.steps,
         "seconds": outcome.seconds,
         "ranks": setting.world.size,
+        "engine": outcome.engine,
         **_figures(setting, theta0, mask, setting.search.sparsity, dev, mlm=has_head),
         "dev_dense": dev_losses(theta0, None, dev, setting.world, mlm=has_head),
         "dev_trained_head": None,

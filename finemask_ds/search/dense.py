@@ -17,7 +17,7 @@ from finemask_ds.data.corpus import load_blocks
 from finemask_ds.data.once import build_once
 from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span
-from finemask_ds.engine.shared import hand_out, hosts_without
+from finemask_ds.engine.shared import at_work_in, hand_out, hosts_without
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import head_parameters
@@ -64,10 +64,12 @@ def builtin_model(config: PretrainConfig, world: World) -> Path:
         print(f"pre-training the built-in model ({config.steps} steps, once on this machine)", flush=True)
     groups = [Group("weights", dict(fresh.model.named_parameters()), config.lr, config.weight_decay)]
     span = Span(1, config.steps, decay=config.steps, warmup=config.warmup_steps)
-    values = train_mlm(setting, fresh.model, groups, span)
-    if world.is_first:
-        _save_model(_fresh_builtin(config, language), values, folder)
-    world.barrier()
+    with at_work_in(run, world, wait=True):
+        if not world.on_first(folder.exists):
+            values = train_mlm(setting, fresh.model, groups, span)
+            if world.is_first:
+                _save_model(_fresh_builtin(config, language), values, folder)
+            world.barrier()
     hand_out(world, folder)
     return folder
 
@@ -94,19 +96,21 @@ def trained_head(setting: Setting) -> dict[str, Tensor] | None:
     key = content_hash(setting.model_sha256, str(setting.corpus.provenance["key"]), repr(head_config.result_identity()))
     facts = {"data": setting.corpus.provenance, "ranks": setting.world.size}
     run = setting.world.on_first(lambda: open_run(cache_dir() / "heads" / key, head_config, facts))
-    if not setting.world.on_first(run.head.exists):
-        if setting.world.is_first:
-            print(
-                f"training an MLM head on the frozen encoder ({head_config.steps} steps, once: {run.folder})",
-                flush=True,
-            )
-        groups = [Group("head", head_parameters(theta0.model), head_config.lr, head_config.weight_decay)]
-        of_head = dataclasses.replace(setting, config=head_config, run=run)
-        values = train_mlm(of_head, theta0.model, groups, Span(1, head_config.steps, decay=head_config.steps))
-        if setting.world.is_first:
-            with atomic_write(run.head, "wb") as stream:
-                stream.write(save(values))
+    with at_work_in(run, setting.world, wait=True):
+        if not setting.world.on_first(run.head.exists):
+            values = _train_head(dataclasses.replace(setting, config=head_config, run=run), theta0, head_config)
+            if setting.world.is_first:
+                with atomic_write(run.head, "wb") as stream:
+                    stream.write(save(values))
     return load(setting.world.on_first(run.head.read_bytes))  # The hosts need not share the cache.
+
+
+def _train_head(setting: Setting, theta0: Pretrained, config: HeadConfig) -> dict[str, Tensor]:
+    if setting.world.is_first:
+        told = f"training an MLM head on the frozen encoder ({config.steps} steps, once: {setting.run.folder})"
+        print(told, flush=True)
+    groups = [Group("head", head_parameters(theta0.model), config.lr, config.weight_decay)]
+    return train_mlm(setting, theta0.model, groups, Span(1, config.steps, decay=config.steps))
 
 
 def train_mlm(setting: Setting, model: nn.Module, groups: Sequence[Group], span: Span) -> dict[str, Tensor]:

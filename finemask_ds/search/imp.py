@@ -2,7 +2,7 @@
 
 All weights train on MLM. The first 10 % go before step 1; every ``interval_steps`` another 10 % of the original count
 goes, by magnitude of the trained weights; after each pruning the remaining weights of the backbone are reset to
-theta_0 while the MLM head goes on, the optimizer is fresh and the schedule starts again.
+theta_0. That the MLM head goes on, the optimizer is fresh and the schedule starts again is from the authors' code.
 
 The decoder is tied to the masked embedding by default: one matrix, trained and pruned as one, so that a pruned weight
 is zero wherever it is used and the exported checkpoint, which ties again, is what was trained. ``--decoder unmasked``
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from finemask_ds.config import ImpConfig
 from finemask_ds.engine.base import Engine, Group
 from finemask_ds.engine.loop import Span
+from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.mask import Mask
@@ -42,6 +43,7 @@ def find_mask(setting: Setting) -> Outcome:
     """IMP: prune, rewind, train, rung by rung."""
     config = setting.config
     assert isinstance(config, ImpConfig)
+    stopwatch = Stopwatch()
     theta0, mask, groups = start(setting, config)
     weights = {name: value.detach().clone() for name, value in backbone_parameters(theta0).items()}
     objective = Objective(theta0.model, "mlm")
@@ -49,7 +51,7 @@ def find_mask(setting: Setting) -> Outcome:
     rungs = ladder(config.sparsity)
     num_steps = (len(rungs) - 1) * config.interval_steps
     with setting.recorder(num_steps) as recorder:
-        trainer = Trainer(setting, engine, objective, recorder, theta0)
+        trainer = Trainer(setting, engine, objective, recorder, theta0, stopwatch=stopwatch)
         state = {"rung": -1} | trainer.resume()
         watch = MaskWatch(theta0.places, mask, draw=setting.draw)  # Distances from the unpruned model.
         for rung, sparsity in enumerate(rungs):
@@ -64,7 +66,7 @@ def find_mask(setting: Setting) -> Outcome:
                 write_mask(theta0.model, mask)
                 rewind(engine, weights, mask, to_theta0=config.rewind == "theta0")
                 rung_file = setting.run.rung_mask(sparsity)
-                keep_mask(setting, rung_file, mask, origin, sparsity, trainer.stopwatch.seconds)
+                keep_mask(setting, rung_file, mask, origin, sparsity, stopwatch.seconds)
                 trainer.save(origin, {"rung": rung})
             if sparsity == rungs[-1]:
                 break
@@ -76,7 +78,7 @@ def find_mask(setting: Setting) -> Outcome:
                 watch=[lambda step: watch.observe(recorder, read_mask(theta0.model))],
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
-    return Outcome(mask, num_steps, trainer.stopwatch.seconds, head_values(engine))
+    return Outcome(mask, num_steps, stopwatch.seconds, head_values(engine), engine.describe())
 
 
 def start(setting: Setting, config: ImpConfig) -> tuple[Pretrained, Mask, list[Group]]:

@@ -8,13 +8,14 @@ and determined by theta_0, the sparsity and the seed, the last by the text too.
 from __future__ import annotations
 
 from finemask_ds.config import MagnitudeConfig, SearchConfig
+from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.select import magnitudes
 from finemask_ds.models.load import Pretrained
 from finemask_ds.search.outcome import Outcome
 from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.selection import largest
-from finemask_ds.search.setting import Setting, Stopwatch
+from finemask_ds.search.setting import Setting
 
 
 def find_mask(setting: Setting) -> Outcome:

@@ -24,8 +24,6 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
 }
 """Objective -> the losses that are added up."""
 
-"""Label of a token that is not to be predicted."""
-
 
 class Objective(nn.Module):
     """A (masked) language model under one objective; what the engines train.
@@ -56,7 +54,7 @@ class Objective(nn.Module):
         return sums
 
     def _hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The embedding output and each layer's output: L + 1 tensors [B, T, H]."""
+        """The embedding output and each layer's output, L + 1 tensors [B, T, H]; for MLM alone the last one."""
         with_layers = "kd_loss" in self.losses
         output = getattr(self.model, self._backbone)(input_ids=tokens, output_hidden_states=with_layers)
         return output.hidden_states if with_layers else (output.last_hidden_state,)

@@ -26,9 +26,12 @@ class Outcome:
     steps: int
     """Optimizer steps spent."""
     seconds: float
-    """Wall time of the search over all restarts, its start included, text, engine and final scoring apart."""
+    """Wall time of the search over all restarts, from loading theta_0 to the mask; evaluations and what watches the
+    search apart, as in TAMT's Figure 6 and Table 3."""
     head: Mapping[str, Tensor] | None = None
     """The MLM head as trained along, on the CPU, where the method trains it."""
+    engine: str = ""
+    """What trained and in which precision, in words; empty where nothing trained."""
 
 
 def head_values(engine: Engine) -> dict[str, Tensor] | None:
@@ -49,6 +52,7 @@ def mask_provenance(setting: Setting, steps: int, sparsity: float) -> dict[str, 
         "target_sparsity": sparsity,
         "steps": steps,
         "seed": config.seed,
+        "ranks": setting.world.size,
         "data": setting.corpus.provenance,
         "finemask_ds": version("finemask_ds"),
         "code": code_state(Path(__file__).parents[1]),

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 
 from finemask_ds.engine.memory import keep_freed_memory
 from finemask_ds.masks.binarize import masked
-from finemask_ds.masks.initialise import ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.swap import Reconstruction
 from finemask_ds.models.families import LAYER_ROLES, Place
 from finemask_ds.models.load import Pretrained
-from finemask_ds.search.activations import activation_magnitudes
-from finemask_ds.search.selection import largest
+from finemask_ds.search.activations import activation_sizes
 from finemask_ds.search.setting import Setting
 from finemask_ds.units import duration
 
@@ -53,16 +51,15 @@ class Pair(NamedTuple, Generic[T]):
 def reconstruction_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tensor]:
     """How much each weight is missed by what its matrix computes; the kept ones, and no others, have at least 1.
 
-    The search starts from the largest of |w| times the norm of its input (``activation_magnitudes``); so do, and stay,
+    The search starts from the largest of |w| times the norm of its input (``activation_sizes``); so do, and stay,
     matrices outside the layers, as the embedding, whose outputs a mask errs by independently in every weight. It runs
     on the first rank, so that all ranks have the same bits.
 
     Returns:
         Matrix's name -> fp32 of its shape, on the CPU.
     """
-    world, sizes = setting.world, activation_magnitudes(theta0, setting)
-    start = largest(sizes, setting.search)
-    found = {name: ranked(size, start[name], phi=1.0) for name, size in sizes.items()}
+    world = setting.world
+    start, found = activation_sizes(theta0, setting)
     if world.is_first:
         blocks = torch.from_numpy(setting.corpus.train.astype("int64"))
         wanted = min(len(blocks), -(-NUM_TOKENS // setting.config.seq_len))

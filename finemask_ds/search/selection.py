@@ -19,6 +19,7 @@ from finemask_ds.masks.binarize import has_kernels, threshold
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.select import Selection, select
 from finemask_ds.masks.sharded import Shards, pack, select_sharded, unpack
+from finemask_ds.models.families import Place
 from finemask_ds.models.masked import MaskedLinear, scores_name
 from finemask_ds.models.patch import masked_modules, read_mask, write_mask
 from finemask_ds.search.watch import MaskWatch, sample
@@ -31,6 +32,28 @@ def largest(scores: Mapping[str, Tensor], config: SearchConfig) -> Mask:
     """The n - round(S n) largest scores of each matrix (or of all together)."""
     chosen = select(scores, config.sparsity, config.scope)
     return Mask({name: selection.mask for name, selection in chosen.items()})
+
+
+EMBEDDING_DENSITY = 0.7
+"""Share of weights that an embedding keeps at the start of a global search, by that of all (results/README.md)."""
+
+
+def evenly(sizes: Mapping[str, Tensor], places: Mapping[str, Place], config: SearchConfig) -> Mask:
+    """The largest sizes of each matrix, where those of one say nothing of those of another.
+
+    ``local`` keeps the same share of each. ``global`` starts from a split that training then moves: the same share of
+    each but of an embedding, most of whose rows are of rare tokens: it keeps ``EMBEDDING_DENSITY`` of the share of all,
+    as far as the others have room for the rest.
+    """
+    if config.scope == "local":
+        return largest(sizes, config)
+    embeddings = sum(size.numel() for name, size in sizes.items() if places[name].role == "Emb")
+    others = sum(size.numel() for size in sizes.values()) - embeddings
+    kept = (1 - config.sparsity) * (embeddings + others)
+    of_others = min(1.0, (kept - EMBEDDING_DENSITY * (1 - config.sparsity) * embeddings) / max(others, 1))
+    of_embeddings = (kept - of_others * others) / max(embeddings, 1) if others else 1 - config.sparsity
+    density = {name: of_embeddings if places[name].role == "Emb" else of_others for name in sizes}
+    return Mask({name: select({name: size}, 1 - density[name], "local")[name].mask for name, size in sizes.items()})
 
 
 def select_trained(
@@ -137,6 +160,13 @@ class ScoreMasks:
         chosen = select_trained(self.engine, self._names, self.sparsity, self.scope, near=near)
         write_mask(self.model, {name: selection.mask for name, selection in chosen.items()})
         self.thresholds = {name: selection.threshold for name, selection in chosen.items()}
+
+    def exact(self) -> dict[str, Tensor]:
+        """The exact selection, also between two of them: masks that are kept have the target's sparsity."""
+        if self.threshold_every == 1:
+            return read_mask(self.model)
+        chosen = select_trained(self.engine, self._names, self.sparsity, self.scope)
+        return {name: selection.mask for name, selection in chosen.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold beside the scores; JSON has no infinity."""

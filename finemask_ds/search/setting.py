@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from finemask_ds.engine.loop import Hook, Span, evaluate, every, is_due, train
 from finemask_ds.engine.memory import peak_memory_gib
 from finemask_ds.engine.metrics import Recorder
 from finemask_ds.engine.record import run_recorder
-from finemask_ds.engine.shared import check_shared
+from finemask_ds.engine.shared import check_same, check_shared
+from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
 from finemask_ds.masks.mask import Mask
@@ -94,19 +94,6 @@ class Setting:
         return run_recorder(self.run, self.world, total_steps)
 
 
-@dataclass
-class Stopwatch:
-    """Seconds of a search over all its restarts."""
-
-    before_sec: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return self.before_sec + time.monotonic() - self.started
-
-
 def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -> Setting:
     """Load what the configuration names and open the run directory.
 
@@ -117,13 +104,16 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
         data: data set or folder for ``config.data``.
 
     Raises:
-        UserError: for anything that is missing, a run directory of another configuration, or one a host does not see.
+        UserError: for anything that is missing or differs between hosts, a run directory of another configuration, or
+            one that a host does not see.
     """
     batching_of(config, world)
     pretrained = load_pretrained(model, targets=config.targets, dropout=config.dropout)
     corpus = load_blocks(data, pretrained.tokenizer, config.seq_len, max_positions=pretrained.max_positions)
     tokens = MaskingTokens.from_tokenizer(pretrained.tokenizer)
     model_facts = {"name": config.model, "sha256": pretrained.digest()}
+    hashes = {f"the model {config.model}": model_facts["sha256"], f"the text {config.data}": corpus.provenance["key"]}
+    check_same(world, hashes)
     facts = {"model": model_facts, "data": corpus.provenance, "ranks": world.size}
     run = world.on_first(lambda: open_run(Path(config.run) if config.run else None, config, facts))
     check_shared(world, run.folder)
@@ -162,7 +152,7 @@ def start_engine(config: TrainingConfig, world: World, module: nn.Module, groups
             as_asked=config.precision == "file",
         )
     else:
-        engine = LocalEngine(module, groups, batching=batching, max_grad_norm=config.max_grad_norm)
+        engine = LocalEngine(module, groups, batching=batching, max_grad_norm=config.max_grad_norm, world=world)
     if world.is_first:
         print(f"{engine.describe()}; {batching.describe(world.size)}", flush=True)
     return engine
@@ -228,7 +218,8 @@ class Trainer:
         """
         config, dev = self.setting.config, self.setting.dev_batches()
         roles = self._roles()
-        with self.engine.world.termination.training():
+        world = self.engine.world
+        with world.termination.training():
             train(
                 self.engine, self.objective, self.setting.train_batches(), counts, span, self.recorder,
                 seed=config.seed,
@@ -237,7 +228,7 @@ class Trainer:
                     *hooks,
                     every(config.agree_every, self._agree),
                     every(config.eval_every, lambda step: self._evaluate(dev), last=span.last),
-                    *(every(config.watch_every, hook, last=span.last) for hook in watch),
+                    *(every(config.watch_every, self._apart(hook), last=span.last) for hook in watch),
                     every(config.log_every, self._log, last=span.last),
                     every(config.save_every, lambda step: self.save(step, state())),
                 ],
@@ -245,6 +236,9 @@ class Trainer:
                 before_stop=lambda step: self.save(step, state()),
                 terminated=lambda step: self._terminate(step, state()),
             )  # fmt: skip
+            # The loop tells after a step of what came before it; the last one may hold a long evaluation.
+            if any(world.gather(world.termination.asked)):
+                self._terminate(span.last, state())
 
     def _terminate(self, step: int, state: Mapping[str, Any]) -> NoReturn:
         """A rank was asked to end: save where all ranks stand now, and end them all."""
@@ -269,9 +263,18 @@ class Trainer:
             check_agreement(self.engine.world, Mask(read_mask(self.masked.model)).digest(), step)
 
     def _evaluate(self, dev: Sequence[Mapping[str, Tensor]]) -> None:
-        with self.engine.evaluation():
+        with self.stopwatch.paused(), self.engine.evaluation():
             for name, value in evaluate(self.engine.forward, self.engine.world, dev, counts).items():
                 self.recorder.record_last(f"dev/{name}", value)
+
+    def _apart(self, hook: Hook) -> Hook:
+        """The hook, whose time is none of the search's."""
+
+        def run(step: int) -> None:
+            with self.stopwatch.paused():
+                hook(step)
+
+        return run
 
     def _log(self, step: int) -> None:
         self.recorder.record_last("memory/peak_gib", peak_memory_gib(self.engine.world.device))

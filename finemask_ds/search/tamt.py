@@ -8,7 +8,13 @@ distillation (Eq. 6) or their sum.
 The straight-through gradient does not depend on the scores' scale and AdamW without weight decay only on the ratio of
 rate to score, so (c * scores, c * phi, c * mask_lr) finds the same masks, bit for bit where c is a power of two.
 
-Deviations from the authors' code: the selection is exact at every step (``--threshold_every 1000`` for theirs).
+Scores are ranked with their signs, as Eq. 3 and the authors' code have it, where the text of Section 3.4.2 says by
+absolute value: a threshold on scores could not keep what only its absolute value lifts above it.
+
+Other than in the authors' code the selection is exact at every step (``--threshold_every 1000``, for KD 100, for
+theirs), keeps ties with the threshold where theirs drops them, and leaves the pooler alone (``--targets authors``).
+Optimizer and clipping are those of their MLM script; their KD script has BertAdam with epsilon 1e-6 and without bias
+correction, decays the scores by 0.01 and clips each parameter by itself, where Table 1 has AdamW for both.
 ``--preset fast`` starts elsewhere and moves faster, for few steps (results/README.md, "Time to quality").
 """
 
@@ -19,19 +25,20 @@ from torch import Tensor
 from finemask_ds.config import TamtConfig
 from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span, every
+from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.masks.initialise import binary, ranked
 from finemask_ds.masks.mask import Mask
 from finemask_ds.masks.select import magnitudes
 from finemask_ds.models.load import Pretrained
 from finemask_ds.models.masked import scores_name
 from finemask_ds.models.patch import attach, masked_modules, read_mask
-from finemask_ds.search.activations import activation_magnitudes
+from finemask_ds.search.activations import activation_sizes
 from finemask_ds.search.magnitude import omp_mask, random_mask
 from finemask_ds.search.objectives import Objective
 from finemask_ds.search.outcome import Outcome, begun_from, head_values, keep_mask
 from finemask_ds.search.reconstruction import reconstruction_sizes
 from finemask_ds.search.selection import ScoreMasks, largest
-from finemask_ds.search.setting import Setting, Stopwatch, Trainer, freeze_all_but, head_group
+from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, head_group
 from finemask_ds.search.watch import MaskWatch
 
 
@@ -58,7 +65,7 @@ def find_mask(setting: Setting) -> Outcome:
             keep_mask(setting, setting.run.start_mask, start, 0, config.sparsity, stopwatch.seconds)
 
         def keep(step: int) -> None:
-            mask = Mask(read_mask(theta0.model))
+            mask = Mask(masks.exact())
             keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, stopwatch.seconds)
 
         watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
@@ -76,6 +83,7 @@ def find_mask(setting: Setting) -> Outcome:
         config.num_steps,
         stopwatch.seconds,
         head_values(engine),
+        engine.describe(),
     )
 
 
@@ -107,7 +115,7 @@ def initial_scores(theta0: Pretrained, setting: Setting, config: TamtConfig) -> 
     if config.init == "ranked":
         sizes = magnitudes(theta0.targets)
     elif config.init == "activations":
-        sizes = activation_magnitudes(theta0, setting)
+        _, sizes = activation_sizes(theta0, setting)
     else:
         sizes = reconstruction_sizes(theta0, setting)
     start = largest(sizes, config)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finemask_ds.engine.termination import EXIT_CODE
+from finemask_ds.engine.termination import Termination
 from finemask_ds.masks.files import load_mask
 from finemask_ds.models.masked import scores_name
 from finemask_ds.run import read_json
@@ -86,7 +86,7 @@ def test_a_supervised_run_loses_a_host_and_gets_it_back(scene: Scene, tmp_path: 
         started.wait_for(lambda: is_pending(rank, signal.SIGTERM), "the supervisor's word")
         os.kill(rank, signal.SIGCONT)
         assert started.gone_after() is not None
-        assert started.process.returncode == EXIT_CODE
+        assert started.process.returncode == Termination().exit_code
         kept = started.steps()[-1]
         assert f"finemask: SIGTERM: checkpoint at step {kept} in {run}" in started.told()
         assert "ZeRO-2" in read_json(run / f"checkpoints/step-{kept}/state.json")["engine"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finemask_ds.dispatch.attempt import Attempt, Claim, attempts_of, claim
+from finemask_ds.dispatch.attempt import Attempt, Claim, attempts_of, claim, end_attempts
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.survey import Standing, State, look
 from finemask_ds.dispatch.worker import work
@@ -132,6 +132,24 @@ def test_a_result_whose_process_died_before_it_was_published_counts(tmp_path):
     assert standing(tmp_path, bury=False).state is State.WAITING
     assert standing(tmp_path).state is State.DONE
     assert json.loads((tmp_path / "result.json").read_text()) == RESULT
+
+
+def test_what_a_worker_left_whole_is_published_when_it_is_ended(tmp_path):
+    attempt = begin(tmp_path).attempt
+    attempt.run.result.write_text(json.dumps(RESULT))
+    end_attempts([tmp_path], os.getpid())
+    assert standing(tmp_path).state is State.DONE
+    assert json.loads((tmp_path / "result.json").read_text()) == RESULT
+
+
+def test_the_next_attempt_does_not_believe_that_it_is_done(tmp_path):
+    """Where a result was removed, so that it is made again."""
+    first = begin(tmp_path).attempt
+    first.run.mark_done("finetune")
+    first.let_go()
+    second = begin(tmp_path)
+    second.take_over()
+    assert not second.attempt.run.done("finetune")
 
 
 def make_run(attempt: Attempt, name: str, *, checkpoint: bool = True) -> None:

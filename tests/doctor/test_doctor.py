@@ -90,3 +90,10 @@ def test_the_ranks_get_the_options_that_were_typed():
     config = DoctorConfig(ranks=4, run="a b; c", data="wikitext-103")
     assert parse(DoctorConfig, options_of(config)) == config
     assert options_of(DoctorConfig()) == []
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    told = doctor("--run", tmp_path / "taken")
+    assert f"--run: {tmp_path / 'taken'} cannot be written" in told.stdout
+    assert told.returncode == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finemask_ds.engine.checkpoint import load_checkpoint, save_checkpoint
-from finemask_ds.engine.damage import newest_step
+from finemask_ds.engine.damage import complete_steps, newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from tests.engine import jobs
@@ -94,3 +94,10 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_silently_start_over(tmp_p
         with pytest.raises(UserError, match=r"no other checkpoint is whole; delete .*checkpoints to start over"):
             loaded(World(), None, tmp_path)
     assert newest_step(tmp_path / "checkpoints") == 1
+
+
+def test_what_somebody_has_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    for name in ("step-10", "step-10.bak", "step-x", "step-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    assert complete_steps(tmp_path) == [9, 10]

@@ -170,3 +170,68 @@ def test_the_schedule_is_hugging_faces_linear_one() -> None:
         theirs.step()
     assert [Span(1, 10, decay=10, warmup=3).factor(step) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     assert Span(1, 12, decay=10).factor(12) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"zero_optimization": {"stage": "two"}}, 'asks for ZeRO stage "two"; type 0, 1, 2 or 3'),
+        ({"zero_optimization": True}, 'has "zero_optimization": true; it must be a block'),
+        ({"torch_autocast": True}, 'has "torch_autocast": true; it must be a block'),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "would round the scores"),
+        ({"amp": {"enabled": True}}, 'has an "amp" block; remove it'),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, 'has "grad_accum_dtype": "fp16"; type "fp32"'),
+        ({"zero_optimization": {"stage": 2, "reduce_skatter": True}}, 'DeepSpeed refuses "reduce_skatter"'),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, 'DeepSpeed refuses "overlap_comm"'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_file_cannot_ask_for_is_a_sentence(
+    two_ranks: RankPool, tmp_path: Path, settings: dict[str, object], sentence: str
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(settings))
+    told = two_ranks.run(refused, str(path))
+    assert all(str(path) in one and sentence in one for one in told), told
+
+
+def refused(world: World, file: str) -> str:
+    """What the engine says of a file."""
+    module = nn.Linear(2, 2)
+    groups = [Group("mask", dict(module.named_parameters()), 1e-3)]
+    try:
+        ZeroEngine(module, groups, world, batching=Batching(1, 1), max_grad_norm=1.0, file=file)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_small_gradients_of_micro_batches_do_not_vanish(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    """1e-8 is below what fp16 can hold; DeepSpeed would add gradients up in what "data_types" says."""
+    exact = two_ranks.run(added_up, stage, tmp_path, {})
+    assert exact == two_ranks.run(added_up, stage, tmp_path, {"data_types": {"grad_accum_dtype": "auto"}})
+    assert exact[0] > 1e-8
+
+
+def added_up(world: World, stage: int, folder: Path, settings: dict[str, object]) -> float:
+    """The norm of the gradient of two micro-batches, each of 1e-8 for one weight."""
+    path = folder / f"{world.rank}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, **settings}))
+    module = Scaled()
+    groups = [Group("mask", dict(module.named_parameters()), 1e-3)]
+    engine = ZeroEngine(module, groups, world, batching=Batching(1, 2), max_grad_norm=0.0, file=str(path))
+    for _ in range(2):
+        engine.backward(engine.forward({"x": torch.full((1,), 1e-8)})["loss"] / 2)
+    return engine.step({"mask": 0.0}).norm
+
+
+class Scaled(nn.Module):
+    """A weight times a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * batch["x"]).sum()}

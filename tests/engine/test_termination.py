@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finemask_ds.engine.damage import newest_step
-from finemask_ds.engine.termination import EXIT_CODE, Termination
+from finemask_ds.engine.termination import Termination
 from tests.conftest import REPOSITORY
 from tests.pool import free_port
 
@@ -66,7 +66,7 @@ def test_one_rank_that_is_asked_to_end_makes_all_save_and_end(toy_bert: Path, to
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [EXIT_CODE, EXIT_CODE]
+    assert [process.returncode for process in processes] == [Termination().exit_code, Termination().exit_code]
     (told,) = re.findall(r"^finemask: SIGTERM: .*$", said[0], re.M)
     assert told.endswith(f" in {checkpoints}; the same command goes on")
     assert f" step {newest_step(checkpoints)} " in told
@@ -86,7 +86,7 @@ def test_where_nothing_trains_it_ends_at_once_and_says_what_stays() -> None:
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == EXIT_CODE
+    assert process.returncode == Termination().exit_code
     assert said.startswith(f"finemask: SIGTERM: ended on {socket.gethostname()} outside of training; what is done ")
 
 
@@ -102,12 +102,13 @@ def test_where_no_launcher_asked_for_it_signals_are_left_alone() -> None:
     assert Termination.current() is not first
 
 
-def test_while_the_ranks_train_it_is_only_remembered() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_the_ranks_train_it_is_only_remembered(number: signal.Signals) -> None:
     termination = Termination()
 
     def train() -> None:
         with termination.training():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             deadline = time.monotonic() + 20
             while not termination.asked and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -116,3 +117,4 @@ def test_while_the_ranks_train_it_is_only_remembered() -> None:
     with termination.handling(), pytest.raises(InterruptedError):
         train()
     assert termination.asked
+    assert termination.exit_code == 128 + number

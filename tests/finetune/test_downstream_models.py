@@ -77,3 +77,12 @@ def test_a_mask_for_another_backbone_is_refused(toy_bert: Path, toy_roberta: Pat
         loaded(toy_bert, "span").fitted(mask.with_provenance({"model": "other", "model_sha256": "0" * 64}), "m")
     with pytest.raises(UserError, match=r"m does not fit .*roberta"):
         loaded(toy_roberta, "span").fitted(mask, "m")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_does_not_depend_on_the_rows_beside_it(kind: str, toy_bert: Path) -> None:
+    """Nor on how wide they make the batch: micro-batches of any size are the same step."""
+    model = TaskModel(loaded(toy_bert, kind).model.double(), kind).train()
+    batch = batch_of(kind) | {"weight": torch.ones(5)}
+    wide = {name: torch.nn.functional.pad(batch[name], (0, 7)) for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(model(batch | wide)["loss"], model(batch)["loss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,5 +69,26 @@ def test_a_preset_gives_what_is_not_typed() -> None:
     assert fast.peak_mask_lr > paper.peak_mask_lr
     assert paper.identity()["init"] == TamtConfig.defaults()["init"]
     assert TamtConfig(preset="fast", init="ranked").init == "ranked"
+    assert (paper.scope, fast.scope, TamtConfig(preset="fast", scope="local").scope) == ("local", "global", "local")
     with pytest.raises(UserError, match="--preset 'quick' is unknown; type one of paper, fast"):
         TamtConfig(preset="quick")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"schedule_steps": 0}, "--schedule_steps 0 must be at least 1"),
+        (
+            {"steps": 100, "schedule_steps": 10},
+            "--schedule_steps 10 would .* at least the 100 of --steps",
+        ),
+        ({"mask_lr": float("inf")}, "--mask_lr inf is too large"),
+        ({"mask_lr": float("nan")}, "--mask_lr nan must be at least 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 is too large"),
+        ({"finetune_seeds": (1, -1)}, "--finetune_seeds -1 must be at least 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_numbers_that_cannot_be_are_sentences(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        TamtConfig(**options)

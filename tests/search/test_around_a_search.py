@@ -1,0 +1,108 @@
+"""What must not go wrong around a search: its end, its kept masks, its run directory, its hosts, its global start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from finemask_ds.engine.shared import check_same
+from finemask_ds.engine.termination import Terminated, Termination
+from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
+from finemask_ds.lock import Lock
+from finemask_ds.masks.files import load_mask
+from finemask_ds.run import Run
+from finemask_ds.search.selection import EMBEDDING_DENSITY
+from finemask_ds.search.setting import Trainer
+from finemask_ds.session import search
+from tests.pool import RankPool
+from tests.search import jobs
+from tests.search.test_tamt import mask_of
+
+
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_a_search_that_is_asked_to_end_in_its_last_evaluation_loses_nothing(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
+) -> None:
+    config, other = (
+        jobs.either(method, tmp_path / name, toy_bert, toy_text, save_every=0, eval_every=1000)
+        for name in ("run", "other")
+    )
+    termination = Termination()
+    evaluate = Trainer._evaluate
+
+    def asked(trainer: Trainer, *arguments: object) -> None:
+        termination.asked = True
+        evaluate(trainer, *arguments)
+
+    with mock.patch.object(Trainer, "_evaluate", asked), pytest.raises(Terminated, match="the same command goes on"):
+        search(config, World(termination=termination))
+    trained = jobs.losses(config)
+    jobs.find(config)
+    if method == "tamt":
+        assert jobs.losses(config) == trained, "no step was taken again"
+    jobs.find(other)
+    assert mask_of(config) == mask_of(other)
+    assert jobs.losses(config) == jobs.losses(other)
+
+
+def test_masks_on_the_way_are_exact_between_selections(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    kept, plain = (
+        jobs.tamt(tmp_path / name, toy_bert, toy_text, threshold_every=4, keep_every=every, steps=7, mask_lr=1e-2)
+        for name, every in (("kept", 3), ("plain", 0))
+    )
+    jobs.find(kept)
+    jobs.find(plain)
+    snapshots = [load_mask(path) for path in Run(tmp_path / "kept").masks_on_the_way()]
+    assert len(snapshots) == 2
+    for mask in snapshots:
+        weights = {name: mask.num_weights(name) for name in mask}
+        assert all(mask.num_kept(name) == n - round(kept.sparsity * n) for name, n in weights.items())
+    assert mask_of(kept) == mask_of(plain), "keeping changes nothing"
+
+
+def test_two_searches_in_one_run_directory_are_refused(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, steps=3)
+    with Lock(Run(tmp_path / "run").lock).owned("", wait=False):
+        with pytest.raises(UserError, match=r"run is in use by process .* wait for its end, or type another --run"):
+            jobs.find(config)
+        assert not Run(tmp_path / "run").mask.exists()
+    jobs.find(config)
+    assert not Run(tmp_path / "run").lock.exists()
+
+
+def test_hosts_with_other_content_under_the_same_name_are_refused(two_ranks: RankPool) -> None:
+    assert two_ranks.run(other_content, {"the model m": "x", "the text t": "y"}, {}) == ["", ""]
+    for said in two_ranks.run(other_content, {"the model m": "x", "the text t": "y"}, {"the text t": "z"}):
+        assert said.startswith("the text t on ")
+        assert "is not the same as on" in said
+
+
+def other_content(world: World, told: dict[str, str], differing: dict[str, str]) -> str:
+    """What ``check_same`` says where rank 1 has something else."""
+    try:
+        check_same(world, told | (differing if world.rank else {}))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.7, 0.9])
+@pytest.mark.parametrize("init", ["activations", "reconstruction"])
+def test_a_global_search_starts_even_with_the_embedding_sparser(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, init: str, sparsity: float
+) -> None:
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, init=init, scope="global", sparsity=sparsity, steps=2)
+    jobs.find(config)
+    start = load_mask(Run(tmp_path / "run").start_mask)
+    total = sum(start.num_weights(name) for name in start)
+    assert sum(start.num_kept(name) for name in start) == total - round(sparsity * total)
+    density = {name: start.num_kept(name) / start.num_weights(name) for name in start}
+    embedding = density.pop("bert.embeddings.word_embeddings.weight")
+    others = list(density.values())
+    assert max(others) - min(others) < 0.01
+    assert embedding < 1 - sparsity < min(others)
+    if sparsity > 0.5:
+        assert embedding == pytest.approx(EMBEDDING_DENSITY * (1 - sparsity), rel=0.02)
