@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from finemask_ds import hostprocess
 from finemask_ds.config import SweepConfig
 from finemask_ds.config.search import MagnitudeConfig
+from finemask_ds.dispatch import slurm_queue
 from finemask_ds.dispatch.attempt import attempts_of, claim
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.slurm_ends import has_begun, is_barren, settle
@@ -200,3 +202,13 @@ def test_a_search_inside_a_job_does_not_wait_for_its_cells(monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     inside = parse(SweepConfig, sweep_options(config, "run"))
     assert (inside.wait, inside.after) == ("no", "12")
+
+
+def test_a_job_bears_no_mark_of_the_launch_that_submits_it(monkeypatch):
+    """By which the supervisor would end it."""
+    monkeypatch.setenv(hostprocess.VARIABLE, "launch")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    told = slurm_queue._ask("env").stdout.splitlines()
+    assert "SLURM_CONF=/etc/slurm.conf" in told
+    assert not [line for line in told if line.startswith((hostprocess.VARIABLE, "SLURM_JOB_ID"))]
