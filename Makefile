@@ -31,5 +31,6 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
+# Not runs/, which may hold days of work.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
