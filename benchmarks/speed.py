@@ -164,6 +164,8 @@ def figures(
     }
     dense = next(iter(seconds))
     by_dense = _ratios(own, seconds[dense])
+    if method != dense:
+        cell["dense_step_sec"] = statistics.median(seconds[dense])  # of the same flight, which may be a second one
     if method == "naive":
         cell |= spread("times_dense", by_dense)  # no "ratio", whose rise compare.py would take for our loss
     elif method != dense:
