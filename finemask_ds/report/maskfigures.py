@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MOST_MASKS = 24
 """Of a similarity matrix that can still be read."""
 
+_THERE = ", where the average is over CoLA, SST-2, MNLI, STS-B and SQuAD."
 _NO_SEARCH = ("omp", "random")
 
 _Number = Callable[[CellResult], float | None]
@@ -101,8 +102,8 @@ def against_loss(cells: Sequence[CellResult]) -> Drawing:
     if figure is None:
         return Drawing(name, title, "Needs two or more masks with finished searches (result.json beside the mask), "
                        "each fine-tuned on the same tasks.")  # fmt: skip
-    return Drawing(name, title, f"A point per mask, those on the way of a search too. {words} As Figure 5 of TAMT.",
-                   figure)  # fmt: skip
+    return Drawing(name, title, f"A point per mask, those on the way of a search too. {words} As Figure 5 of "
+                   f"TAMT{_THERE}", figure)  # fmt: skip
 
 
 def _steps(cell: CellResult) -> float | None:
@@ -156,7 +157,7 @@ def against_cost(cells: Sequence[CellResult]) -> Drawing:
                        "way (--keep_every) or searches of several lengths.")  # fmt: skip
     return Drawing(name, title, f"Lines join masks taken on the way or after searches of several lengths; bands and "
                    f"bars are one standard deviation over masks; OMP and random, which cost no step, are horizontal. "
-                   f"{words} As Figure 6 of TAMT.", figure)  # fmt: skip
+                   f"{words} As Figure 6 of TAMT{_THERE}", figure)  # fmt: skip
 
 
 def against_distance(cells: Sequence[CellResult]) -> Drawing:
