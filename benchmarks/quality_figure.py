@@ -33,11 +33,14 @@ def draw(groups: Mapping[str, Sequence[Curve]], path: Path) -> None:
     compared = {group: curves for group, curves in groups.items() if len({curve.setting for curve in curves}) > 1}
     settings = sorted({curve.setting for curves in groups.values() for curve in curves})
     with style():
+        from matplotlib import colormaps
+
+        colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
         figure, axes = panels(len(compared), 2, 2.6)
         for row, (group, curves) in zip(axes, compared.items(), strict=True):
             for curve in curves:
                 line = {
-                    "color": "black" if curve.is_papers else f"C{settings.index(curve.setting)}",
+                    "color": "black" if curve.is_papers else colours[settings.index(curve.setting) % len(colours)],
                     "linestyle": "--" if curve.setting.startswith("binary") else "-",
                     "marker": None if curve.is_long else "o", "linewidth": 1, "markersize": 3,
                 }  # fmt: skip
