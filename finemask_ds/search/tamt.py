@@ -15,7 +15,8 @@ Other than in the authors' code the selection is exact at every step (``--thresh
 theirs), keeps ties with the threshold where theirs drops them, and leaves the pooler alone (``--targets authors``).
 Optimizer and clipping are those of their MLM script; their KD script has BertAdam with epsilon 1e-6 and without bias
 correction, decays the scores by 0.01 and clips each parameter by itself, where Table 1 has AdamW for both.
-``--preset fast`` starts elsewhere and moves faster, for few steps (results/README.md, "Time to quality").
+``--preset fast`` starts elsewhere, ranks over all matrices and moves faster, for few steps (results/README.md, "Time to
+quality").
 """
 
 from __future__ import annotations
