@@ -104,7 +104,7 @@ class Cell:
 
 
 def plan() -> Iterator[Cell]:
-    """What decides first: KD at 70 %, MLM at 70 %, each with a sweep of `binary`'s rates; other starts; then 80 %."""
+    """What decides first: the preset's; KD and MLM at 70 %, with sweeps of `binary`'s rates; other starts; 80 %."""
     for objective in ("kd", "mlm"):
         for sparsity in (0.7, 0.8):
             for steps, seed in ((SHORT, 1), (SHORT, 2), (LEAST, 1), (LONG, 1)):

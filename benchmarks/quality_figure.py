@@ -30,12 +30,12 @@ class Curve(NamedTuple):
 
 def draw(groups: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """A row of panels for each objective and sparsity (``kd-70``) in which settings can be compared."""
+    from matplotlib import colormaps
+
     compared = {group: curves for group, curves in groups.items() if len({curve.setting for curve in curves}) > 1}
     settings = sorted({curve.setting for curves in groups.values() for curve in curves})
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     with style():
-        from matplotlib import colormaps
-
-        colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
         figure, axes = panels(len(compared), 2, 2.6)
         for row, (group, curves) in zip(axes, compared.items(), strict=True):
             for curve in curves:

@@ -28,7 +28,7 @@ from finemask_ds.lock import lives
 from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
-from finemask_ds.signals import Interrupted, Interruption
+from finemask_ds.signals import Interruption
 
 GONE_SEC = 60.0
 """How long the other ranks of this host may take to end after a search."""
@@ -41,13 +41,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         model = resolve_model(config.model, world)
         if world.size > 1:  # Of which each is asked by itself.
             return fine_tune(config, world, model=model)
-        with Interruption().watching() as interruption:
-            try:
-                with interruption.raising():
-                    return fine_tune(config, world, model=model, interruption=interruption)
-            except Interrupted as ended:
-                ended.exit_code = 128 + interruption.signal
-                raise
+        with Interruption().watching() as interruption, interruption.raising():
+            return fine_tune(config, world, model=model, interruption=interruption)
 
 
 def sweep(config: SweepConfig) -> str:

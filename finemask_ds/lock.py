@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,16 +129,22 @@ class Lock:
     @contextlib.contextmanager
     def held(self, stale_sec: float = STALE_SEC, poll_sec: float = 0.05) -> Iterator[None]:
         """Hold the lock while the block runs, which takes no time to speak of; a dead holder's is broken."""
-        while not self.acquire():
-            holder = self.holder()
-            if holder is not None and holder.is_dead(stale_sec):
-                self.break_if_held_by(holder.name)
-            else:
-                time.sleep(poll_sec)
+        self._take(stale_sec, poll_sec)
         try:
             yield
         finally:
             self.release()
+
+    def _take(self, stale_sec: float, poll_sec: float, look_at: Callable[[Holder], None] = lambda holder: None) -> None:
+        """Acquire the lock, however long its holder lives, who is looked at meanwhile; a dead one's is broken."""
+        while not self.acquire():
+            holder = self.holder()
+            if holder is not None and holder.is_dead(stale_sec):
+                self.break_if_held_by(holder.name)
+                continue
+            if holder is not None:
+                look_at(holder)
+            time.sleep(poll_sec)
 
     @contextlib.contextmanager
     def owned(self, what: str, *, wait: bool, stale_sec: float = STALE_SEC, poll_sec: float = 1.0) -> Iterator[None]:
@@ -155,13 +161,9 @@ class Lock:
                 beats, or has been silent for too long.
         """
         first: Holder | None = None
-        while not self.acquire():
-            holder = self.holder()
-            if holder is None:
-                continue
-            if holder.is_dead(stale_sec):
-                self.break_if_held_by(holder.name)
-                continue
+
+        def look_at(holder: Holder) -> None:
+            nonlocal first
             who = f"process {holder.pid} on {host_of(holder.name)}"
             has_beaten = first is not None and (holder.name != first.name or holder.silent_sec < first.silent_sec)
             if not wait and (holder.is_here or has_beaten):
@@ -169,7 +171,8 @@ class Lock:
             if first is None:
                 first = holder
                 print(f"{what} is held by {who}: waiting for its end", flush=True)
-            time.sleep(poll_sec)
+
+        self._take(stale_sec, poll_sec, look_at)
         try:
             with self.heartbeat(min(HEARTBEAT_SEC, stale_sec / 4)):
                 yield

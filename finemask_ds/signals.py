@@ -13,8 +13,10 @@ from typing import Any
 class Interrupted(BaseException):
     """The process was asked to end; no Exception, so that nothing mistakes it for a failure."""
 
-    exit_code = 128 + signal.SIGTERM
-    """As shells tell it."""
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+        """As shells tell it."""
 
 
 class Interruption:
@@ -51,7 +53,7 @@ class Interruption:
         try:
             self._raises = True
             if self.asked:
-                raise Interrupted
+                raise Interrupted(self.signal)
             yield
         finally:
             self._raises = False
@@ -69,7 +71,7 @@ class Interruption:
         self.signal = self.signal or number
         if self._raises and not self._deferred:
             self._raises = False
-            raise Interrupted
+            raise Interrupted(self.signal)
 
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -56,12 +56,11 @@ def supervise(config: TrainingConfig, command: Sequence[str]) -> int:
         )
     if not config.deepspeed:
         raise UserError("--hostfile and --max_restarts start ranks; type --deepspeed configs/ds/zero2.json")
-    interruption = Interruption()
     try:
-        with interruption.watching(), interruption.raising():
+        with Interruption().watching() as interruption, interruption.raising():
             return _see_through(config, command)
-    except Interrupted:
-        return 128 + interruption.signal
+    except Interrupted as ended:
+        return ended.exit_code
 
 
 def _see_through(config: TrainingConfig, command: Sequence[str]) -> int:

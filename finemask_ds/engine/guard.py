@@ -60,15 +60,13 @@ def check_agreement(world: World, digests: Mapping[str, str], step: int) -> None
     Raises:
         TransientError: on all ranks, naming the first rank and the first thing that differ from the first rank's.
     """
-    everyone = world.gather(dict(digests))
-    for rank, theirs in enumerate(everyone):
-        differing = [name for name, digest in everyone[0].items() if theirs.get(name) != digest]
-        if differing:
-            raise TransientError(
-                f"the mask of {differing[0]} on rank {rank} is not that of rank 0 at step {step} ({len(differing)} of "
-                f"{len(digests)} matrices differ); start the same command again from the last checkpoint, and look at "
-                "the memory of that rank's host if it comes back"
-            )
+    if odd := world.first_to_differ(digests):
+        rank, differing = odd
+        raise TransientError(
+            f"the mask of {differing[0]} on rank {rank} is not that of rank 0 at step {step} ({len(differing)} of "
+            f"{len(digests)} matrices differ); start the same command again from the last checkpoint, and look at "
+            "the memory of that rank's host if it comes back"
+        )
 
 
 @dataclass

@@ -39,7 +39,8 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
-    """One source for each number: refuse a file that fixes another value than the command line's.
+    """Refuse a file that fixes another number than the command line's, which is the one source, or asks for less than
+    exact values.
 
     Args:
         settings: the parsed file.
@@ -47,7 +48,7 @@ def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, An
         file: the file's name, for messages.
 
     Raises:
-        UserError: naming both places.
+        UserError: naming both places, or the key and what to do with it.
     """
     for key, (option, value) in ours.items():
         theirs = settings.get(key, "auto")

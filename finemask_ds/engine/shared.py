@@ -62,14 +62,13 @@ def check_same(world: World, told: Mapping[str, str]) -> None:
     Raises:
         UserError: on all ranks, naming a host and what differs there.
     """
-    everyone = world.gather((socket.gethostname(), dict(told)))
-    first_host, first = everyone[0]
-    for host, theirs in everyone[1:]:
-        if differing := [what for what, key in first.items() if theirs.get(what) != key]:
-            raise UserError(
-                f"{differing[0]} on {host} is not the same as on {first_host}, under the same name; copy it there, or "
-                "name one on a file system that all hosts share"
-            )
+    if odd := world.first_to_differ(told):
+        rank, differing = odd
+        hosts = world.gather(socket.gethostname())
+        raise UserError(
+            f"{differing[0]} on {hosts[rank]} is not the same as on {hosts[0]}, under the same name; copy it there, or "
+            "name one on a file system that all hosts share"
+        )
 
 
 def hosts_without(world: World, folder: Path, patience_sec: float = PATIENCE_SEC) -> list[str]:

@@ -50,13 +50,14 @@ class Termination:
 
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
-        """Handle SIGTERM and Ctrl-C while the block runs; in the main thread only."""
+        """Handle SIGTERM and Ctrl-C, unless ignored as in the background, in the block; in the main thread only."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         listener = threading.Thread(target=self._listen, args=(read,), name="finemask-sigterm", daemon=True)
         listener.start()
         told_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        handled_before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handled_before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -61,6 +61,14 @@ class World:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+    def first_to_differ(self, told: Mapping[str, str]) -> tuple[int, list[str]] | None:
+        """The first rank that has something else than rank 0 under a name, and those names, on every rank; or None."""
+        everyone = self.gather(dict(told))
+        for rank, theirs in enumerate(everyone):
+            if differing := [name for name, value in everyone[0].items() if theirs.get(name) != value]:
+                return rank, differing
+        return None
 
     def gather_bytes(self, tensor: Tensor) -> Tensor:
         """uint8 [n], equally long on all ranks -> uint8 [ranks, n] on every rank."""

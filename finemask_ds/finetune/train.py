@@ -169,7 +169,7 @@ class Cell:
     def _end_if_asked(self, step: int) -> None:
         if self.interruption.asked and step < self.job.num_steps:
             self._save(step)
-            raise Interrupted
+            raise Interrupted(self.interruption.signal)
 
     def _drop_weights_but(self, best: Mapping[str, Any]) -> None:
         for path in self.run.best_weights(0).parent.glob("*.safetensors"):

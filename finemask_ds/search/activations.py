@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from finemask_ds.masks.initialise import ranked
-from finemask_ds.masks.mask import Mask
 from finemask_ds.models.load import Pretrained
 from finemask_ds.search.selection import evenly
 from finemask_ds.search.setting import Setting
@@ -32,14 +31,14 @@ def activation_magnitudes(theta0: Pretrained, setting: Setting) -> dict[str, Ten
     return {name: weight.float().abs() * norms[name] for name, weight in theta0.targets.items()}
 
 
-def activation_sizes(theta0: Pretrained, setting: Setting) -> tuple[Mask, dict[str, Tensor]]:
-    """The mask of the largest ``activation_magnitudes`` by ``evenly``, and those in units of the smallest kept one.
+def activation_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tensor]:
+    """``activation_magnitudes`` in units of the smallest of each matrix that ``evenly`` keeps.
 
     So the sizes of all matrices can be ranked together: the kept ones, and no others, have at least 1.
     """
     magnitudes = activation_magnitudes(theta0, setting)
     start = evenly(magnitudes, theta0.places, setting.search)
-    return start, {name: ranked(magnitude, start[name], phi=1.0) for name, magnitude in magnitudes.items()}
+    return {name: ranked(magnitude, start[name], phi=1.0) for name, magnitude in magnitudes.items()}
 
 
 def input_norms(theta0: Pretrained, setting: Setting) -> dict[str, Tensor]:

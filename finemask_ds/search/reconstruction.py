@@ -58,8 +58,8 @@ def reconstruction_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tens
     Returns:
         Matrix's name -> fp32 of its shape, on the CPU.
     """
-    world = setting.world
-    start, found = activation_sizes(theta0, setting)
+    world, found = setting.world, activation_sizes(theta0, setting)
+    start = Mask({name: size >= 1 for name, size in found.items()})
     if world.is_first:
         blocks = torch.from_numpy(setting.corpus.train.astype("int64"))
         wanted = min(len(blocks), -(-NUM_TOKENS // setting.config.seq_len))

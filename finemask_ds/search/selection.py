@@ -35,7 +35,7 @@ def largest(scores: Mapping[str, Tensor], config: SearchConfig) -> Mask:
 
 
 EMBEDDING_DENSITY = 0.7
-"""Share of weights that an embedding keeps at the start of a global search, by that of all (results/README.md)."""
+"""Density of an embedding at the start of a global search, as a share of all weights' density (results/README.md)."""
 
 
 def evenly(sizes: Mapping[str, Tensor], places: Mapping[str, Place], config: SearchConfig) -> Mask:
@@ -47,13 +47,16 @@ def evenly(sizes: Mapping[str, Tensor], places: Mapping[str, Place], config: Sea
     """
     if config.scope == "local":
         return largest(sizes, config)
-    embeddings = sum(size.numel() for name, size in sizes.items() if places[name].role == "Emb")
-    others = sum(size.numel() for size in sizes.values()) - embeddings
-    kept = (1 - config.sparsity) * (embeddings + others)
-    of_others = min(1.0, (kept - EMBEDDING_DENSITY * (1 - config.sparsity) * embeddings) / max(others, 1))
-    of_embeddings = (kept - of_others * others) / max(embeddings, 1) if others else 1 - config.sparsity
-    density = {name: of_embeddings if places[name].role == "Emb" else of_others for name in sizes}
-    return Mask({name: select({name: size}, 1 - density[name], "local")[name].mask for name, size in sizes.items()})
+    embeddings = {name: size for name, size in sizes.items() if places[name].role == "Emb"}
+    others = {name: size for name, size in sizes.items() if name not in embeddings}
+    num_embedded, num_others = (sum(size.numel() for size in part.values()) for part in (embeddings, others))
+    density = of_embeddings = 1 - config.sparsity
+    kept = density * (num_embedded + num_others)
+    of_others = min(1.0, (kept - EMBEDDING_DENSITY * density * num_embedded) / max(num_others, 1))
+    if embeddings and others:
+        of_embeddings = (kept - of_others * num_others) / num_embedded
+    chosen = select(embeddings, 1 - of_embeddings, "local") | select(others, 1 - of_others, "local")
+    return Mask({name: chosen[name].mask for name in sizes})
 
 
 def select_trained(

@@ -116,7 +116,7 @@ def initial_scores(theta0: Pretrained, setting: Setting, config: TamtConfig) -> 
     if config.init == "ranked":
         sizes = magnitudes(theta0.targets)
     elif config.init == "activations":
-        _, sizes = activation_sizes(theta0, setting)
+        sizes = activation_sizes(theta0, setting)
     else:
         sizes = reconstruction_sizes(theta0, setting)
     start = largest(sizes, config)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,14 @@ def test_where_no_launcher_asked_for_it_signals_are_left_alone() -> None:
     assert Termination.current() is not first
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that is not ignored, as Ctrl-C is where the tests run in the background."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_while_the_ranks_train_it_is_only_remembered(number: signal.Signals) -> None:
     termination = Termination()
 
@@ -118,3 +126,9 @@ def test_while_the_ranks_train_it_is_only_remembered(number: signal.Signals) -> 
         train()
     assert termination.asked
     assert termination.exit_code == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with Termination().handling():
+        assert signal.getsignal(number) == signal.SIG_IGN

@@ -16,6 +16,8 @@ from finemask_ds.engine.checkpoint import Shards
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
+from finemask_ds.masks.files import load_mask
+from finemask_ds.masks.mask import Mask
 from finemask_ds.models.masked import Masked
 from finemask_ds.run import Run, read_json
 from finemask_ds.search import imp
@@ -154,3 +156,8 @@ def rewound(world: World, config: ImpConfig, to_theta0: bool) -> dict[str, Any]:
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def mask_of(config: SearchConfig) -> Mask:
+    """The mask that a search has left."""
+    return load_mask(Run(Path(config.run)).mask)

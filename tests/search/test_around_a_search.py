@@ -19,7 +19,7 @@ from finemask_ds.search.setting import Trainer
 from finemask_ds.session import search
 from tests.pool import RankPool
 from tests.search import jobs
-from tests.search.test_tamt import mask_of
+from tests.search.jobs import mask_of
 
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])

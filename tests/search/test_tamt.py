@@ -12,18 +12,14 @@ import torch
 from finemask_ds.config import TamtConfig
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
-from finemask_ds.masks.mask import Mask
 from finemask_ds.run import Run
 from finemask_ds.session import search
 from tests.pool import RankPool
 from tests.search import jobs
+from tests.search.jobs import mask_of
 
 STAGES = tuple(stage if stage == 2 else pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2, 3))
 """ZeRO stages; the quick part of the suite looks at stage 2 only."""
-
-
-def mask_of(config: TamtConfig) -> Mask:
-    return load_mask(Run(Path(config.run)).mask)
 
 
 @pytest.mark.parametrize("stage", STAGES)
