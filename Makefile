@@ -9,9 +9,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" finemask recipe quickstart
 
-test: $(READY) lint
-	$(BIN)/python -m pytest tests
+test: lint test-fast
+	$(BIN)/python -m pytest tests -m slow --durations 10
 
+# The quick tests need one core each, the slow ones have ranks of their own.
 test-fast: $(READY)
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
 
