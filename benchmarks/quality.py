@@ -19,9 +19,8 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -36,122 +35,15 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Eta
 from benchmarks.downstream import SMALL, complete, cut_data, options
 from benchmarks.quality_figure import Curve, draw
+from benchmarks.quality_plan import ALL_WEIGHTS, FINE_TUNED, KEPT, LONG, PAPER_LR, ROOT, Cell, plan
 
-KEPT = REPOSITORY / "results/quality"
 KEPT_SCORES = KEPT / "downstream"
-ROOT = Path("runs/quality")
-LONG, SHORT, LEAST = 2000, 200, 100
-"""Steps of the comparison, those in which the fast masks are to be as good, and those hoped for."""
-PAPER_LR = {"kd": 2e-5, "mlm": 5e-5}
-"""Rates of Table 1 for `binary`; below, those it is swept over at 70 %, and the best of them."""
-SWEPT_LR = {"kd": (1e-4, 2e-4, 5e-4, 1e-3), "mlm": (1e-4, 2e-4, 5e-4)}
-BINARY_LR = {"kd": 5e-4, "mlm": 2e-4}
-FAST_LR = 3e-4
-"""--preset fast's."""
-SHARED = (
-    *("--seq_len", "64", "--batch_size", "8", "--dropout", "0", "--dev_blocks", "200", "--eval_batch_size", "16"),
-    *("--log_every", "50", "--watch_every", "0", "--save_every", "500", "--preset", "fast"),
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One search."""
-
-    objective: str
-    sparsity: float
-    init: str
-    mask_lr: float
-    steps: int
-    seed: int
-    scope: str = "local"
-
-    @property
-    def group(self) -> str:
-        """Objective and sparsity: ``kd-70``."""
-        return f"{self.objective}-{100 * self.sparsity:.0f}"
-
-    @property
-    def setting(self) -> str:
-        """What is compared: start, scope and rate."""
-        return " ".join([self.init, *self._scope, f"{self.mask_lr:g}"])
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        return "-".join([self.group, self.init, *self._scope, f"{self.mask_lr:g}-{self.steps}-seed{self.seed}"])
-
-    @property
-    def _scope(self) -> list[str]:
-        """As names have it, which are older than the choice."""
-        return [] if self.scope == "local" else [self.scope]
-
-    @property
-    def kept(self) -> Path:
-        """Where its figures are kept."""
-        return KEPT / f"{self.name}.json"
-
-    def options(self, shared: Path) -> list[str]:
-        """Of launcher/tamt.py."""
-        head = ["--head_steps", "500"] if self.objective == "mlm" else []
-        return [
-            *("--model", str(shared / "models/all-MiniLM-L6-v2"), "--data", str(shared / "data/wikitext-2")),
-            *("--objective", self.objective, "--sparsity", str(self.sparsity), "--init", self.init),
-            *("--mask_lr", str(self.mask_lr), "--steps", str(self.steps), "--seed", str(self.seed)),
-            *("--scope", self.scope),
-            *("--eval_every", str(min(100, self.steps // 2)), "--run", str(ROOT / self.name), *SHARED, *head),
-        ]
-
-
-def plan() -> Iterator[Cell]:
-    """What decides first: the preset's; KD and MLM at 70 %, with sweeps of `binary`'s rates; other starts; 80 %."""
-    for objective in ("kd", "mlm"):
-        for sparsity in (0.7, 0.8):
-            for steps, seed in ((SHORT, 1), (SHORT, 2), (LEAST, 1), (LONG, 1)):
-                yield Cell(objective, sparsity, "reconstruction", FAST_LR, steps, seed, "global")
-    yield Cell("kd", 0.8, "reconstruction", 6e-4, SHORT, 1, "global")
-    for objective in ("kd", "mlm"):
-        yield from _compared(objective, 0.7, seed=1)
-        for rate in SWEPT_LR[objective]:
-            yield Cell(objective, 0.7, "binary", rate, LONG, 1)
-        yield from _compared(objective, 0.7, seed=2)
-        for rate in (1e-4, 3e-4):
-            yield Cell(objective, 0.7, "ranked", rate, LONG, 1)
-    for steps, seed in ((LEAST, 1), (SHORT, 1), (SHORT, 2), (LONG, 1)):
-        yield Cell("kd", 0.7, "activations", FAST_LR, steps, seed)
-    for objective in ("kd", "mlm"):
-        for seed in (1, 2):
-            yield from _compared(objective, 0.8, seed)
-    for rate in (1e-4, 5e-4):
-        yield Cell("kd", 0.7, "reconstruction", rate, LONG, 1)
-    for objective, sparsity, rate in (("mlm", 0.7, 6e-4), ("kd", 0.8, 6e-4), ("kd", 0.8, 1e-3)):
-        yield Cell(objective, sparsity, "reconstruction", rate, SHORT, 1)
-    yield Cell("kd", 0.8, "reconstruction", FAST_LR, 2 * SHORT, 1)
-
-
-def _compared(objective: str, sparsity: float, seed: int) -> Iterator[Cell]:
-    for steps in (LEAST, SHORT):
-        yield Cell(objective, sparsity, "reconstruction", FAST_LR, steps, seed)
-    yield Cell(objective, sparsity, "binary", BINARY_LR[objective], LONG, seed)
-    yield Cell(objective, sparsity, "reconstruction", FAST_LR, LONG, seed)
-    yield Cell(objective, sparsity, "binary", PAPER_LR[objective], LONG, seed)
-
-
-FINE_TUNED = (
-    Cell("kd", 0.7, "reconstruction", FAST_LR, SHORT, 1, "global"),
-    Cell("kd", 0.7, "binary", BINARY_LR["kd"], LONG, 1),
-    Cell("kd", 0.7, "reconstruction", FAST_LR, SHORT, 1),
-    Cell("kd", 0.7, "reconstruction", FAST_LR, LONG, 2),
-    Cell("kd", 0.7, "activations", FAST_LR, SHORT, 1),
-    Cell("kd", 0.7, "binary", PAPER_LR["kd"], LONG, 2),
-)
-"""Searches whose masks are compared on tasks, in the order in which they are fine-tuned."""
 
 
 def run(cell: Cell, shared: Path, core: int) -> None:
     """Search on one core and keep the figures."""
     ROOT.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPOSITORY / "launcher/tamt.py"), *cell.options(shared)]
+    command = [sys.executable, str(cell.launcher), *cell.options(shared)]
     with open(ROOT / f"{cell.name}.log", "a") as log:
         subprocess.run(
             ["taskset", "-c", str(core), *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
@@ -228,10 +120,14 @@ def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
     for (group, setting, steps), kept in sorted(found.items()):
         losses = [one["curve"][-1][1] for one in kept]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        old_head = f"{statistics.mean(one['dev']['mlm_loss'] for one in kept):.4f}" if group.startswith("mlm") else "-"
         seconds = statistics.mean(_seconds(one, steps) for one in kept)
+        old_head, distance = "-", "-"
+        if not setting.startswith(ALL_WEIGHTS):  # whose mask IMP finds only afterwards
+            distance = f"{kept[0]['distance_from_omp']:.3f}"
+            if group.startswith("mlm"):
+                old_head = f"{statistics.mean(one['dev']['mlm_loss'] for one in kept):.4f}"
         rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", old_head, str(len(losses)),
-                     f"{seconds:.0f}", f"{kept[0]['distance_from_omp']:.3f}"])  # fmt: skip
+                     f"{seconds:.0f}", distance])  # fmt: skip
     return markdown(
         ["", "start, mask rate", "steps", "dev loss", "theta_0's head", "seeds", "seconds", "from OMP"], rows
     )
@@ -246,9 +142,11 @@ def _seconds(kept: Mapping[str, Any], steps: int) -> float:
 
 
 def curves(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """What the figure shows, by group."""
+    """What the figure shows of masks, by group."""
     groups = defaultdict(list)
     for (group, setting, steps), kept in sorted(found.items()):
+        if setting.startswith(ALL_WEIGHTS):
+            continue
         is_papers = setting == f"binary {PAPER_LR[group.split('-')[0]]:g}"
         for one in kept:
             at, losses = zip(*one["curve"], strict=True)
