@@ -35,7 +35,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import Eta
 from benchmarks.downstream import SMALL, complete, cut_data, options
 from benchmarks.quality_figure import Curve, draw
-from benchmarks.quality_plan import ALL_WEIGHTS, FINE_TUNED, KEPT, LONG, PAPER_LR, ROOT, Cell, plan
+from benchmarks.quality_plan import FINE_TUNED, KEPT, LONG, PAPER_LR, ROOT, Cell, plan
 
 KEPT_SCORES = KEPT / "downstream"
 
@@ -52,13 +52,13 @@ def run(cell: Cell, shared: Path, core: int) -> None:
     lines = [json.loads(line) for line in Run(ROOT / cell.name).metrics.read_text().splitlines()]
     loss = f"dev/{cell.objective}_loss"
     result = read_json(Run(ROOT / cell.name).result)
+    of_mask = () if cell.trains_weights else ("dev", "sparsity", "distance_from_omp")  # IMP finds one only afterwards
     write_json(cell.kept, {
         "made": {**collect(), "command": " ".join(["python", *command[1:]])},
         "curve": [[line["step"], line[loss]] for line in lines if loss in line],
         "step_sec": statistics.median(line["speed/step_sec"] for line in lines),
         "start_sec": next((line["speed/start_sec"] for line in lines if "speed/start_sec" in line), 0.0),  # not IMP's
-        "seconds": result["seconds"], "dev": result["dev"], "sparsity": result["sparsity"],
-        "distance_from_omp": result["distance_from_omp"],
+        "seconds": result["seconds"], **{name: result[name] for name in of_mask},
     })  # fmt: skip
 
 
@@ -121,11 +121,10 @@ def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
         losses = [one["curve"][-1][1] for one in kept]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         seconds = statistics.mean(_seconds(one, steps) for one in kept)
-        old_head, distance = "-", "-"
-        if not setting.startswith(ALL_WEIGHTS):  # whose mask IMP finds only afterwards
-            distance = f"{kept[0]['distance_from_omp']:.3f}"
-            if group.startswith("mlm"):
-                old_head = f"{statistics.mean(one['dev']['mlm_loss'] for one in kept):.4f}"
+        has_mask = "dev" in kept[0]
+        distance = f"{kept[0]['distance_from_omp']:.3f}" if has_mask else "-"
+        is_mlm = has_mask and group.startswith("mlm")
+        old_head = f"{statistics.mean(one['dev']['mlm_loss'] for one in kept):.4f}" if is_mlm else "-"
         rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", old_head, str(len(losses)),
                      f"{seconds:.0f}", distance])  # fmt: skip
     return markdown(
@@ -145,7 +144,7 @@ def curves(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> dict[s
     """What the figure shows of masks, by group."""
     groups = defaultdict(list)
     for (group, setting, steps), kept in sorted(found.items()):
-        if setting.startswith(ALL_WEIGHTS):
+        if "dev" not in kept[0]:
             continue
         is_papers = setting == f"binary {PAPER_LR[group.split('-')[0]]:g}"
         for one in kept:
