@@ -226,13 +226,14 @@ class Run:
         method: str,
         root: str | os.PathLike[str] = "runs",
         volatile: Iterable[str] = (),
+        begin: bool = True,
     ) -> Run:
         """Open the run of this config: its folder is made on the first call and found again on the next ones.
 
         Without `folder` it is root/<readable name>-<8 hex>, the hash being of the method, CONFIG_VERSION and
         what differs from `defaults`, so that a knob added later does not move old runs. Keys in `volatile`
         change no result: they are left out of the hash and may differ. Raises UserError when another config made
-        the folder, or when it has no config but holds a run's files.
+        the folder, or when it has no config but holds a run's files. Nothing is written where `begin` is False.
         """
         current = json.loads(json.dumps(dict(config), default=_plain))
         base = json.loads(json.dumps(dict(defaults), default=_plain))
@@ -247,7 +248,8 @@ class Run:
         for path in (run.mask, run.start_mask.parent, run.metrics, run.result, run.checkpoints, run.head):
             if path.exists():
                 raise UserError(f"{run.folder} holds {path.name} but no config.json: type another --run DIR")
-        write_json(run.config, current)
+        if begin:
+            write_json(run.config, current)
         return run
 
     def _record(self, stage: str) -> Path:

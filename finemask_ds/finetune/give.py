@@ -10,24 +10,30 @@ from finemask_ds.data.squad import squad_predictions
 from finemask_ds.data.tasks import Task
 from finemask_ds.engine.world import World
 from finemask_ds.finetune.evaluate import Predictions, Split
-from finemask_ds.finetune.job import Job, predicted_files
+from finemask_ds.finetune.job import Job, claim_outputs, predicted_files
 from finemask_ds.models.downstream import SPAN, TaskModel
 from finemask_ds.models.load import save_folder
-from finemask_ds.run import atomic_write, write_json
+from finemask_ds.run import Run, atomic_write, write_json
 
 
-def give(job: Job, result: Mapping[str, Any], model: TaskModel, world: World) -> None:
+def give(job: Job, run: Run, result: Mapping[str, Any], model: TaskModel, world: World) -> None:
     """Write what ``--save_model`` and ``--predict`` ask for; ``model`` has the weights of the best dev score."""
     config, downstream = job.config, job.downstream
+    world.on_first(lambda: claim_outputs(config, job.task, run))
     if config.predict:
         for name, path in predicted_files(Path(config.predict), job.task).items():
             split = job.dev if name == "dev" else job.split(name)
             predictions = split.predict(model, world)
             world.on_first(lambda: write_predictions(path, split, predictions))  # noqa: B023 - called at once
     if config.save_model:
-        card = model_card(job.task, result)
         folder = Path(config.save_model)
-        world.on_first(lambda: save_folder(downstream.model, downstream.tokenizer, folder, README=card))
+
+        def save() -> None:
+            if not folder.exists():  # else it is whole, and from before a kill
+                card = model_card(job.task, result)
+                save_folder(downstream.model, downstream.tokenizer, folder, README=card)
+
+        world.on_first(save)
 
 
 def write_predictions(path: Path, split: Split, predictions: Predictions) -> None:

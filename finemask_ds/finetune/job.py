@@ -22,7 +22,7 @@ from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.foreign import refuse_existing
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.downstream import SPAN, Downstream, load_downstream
-from finemask_ds.run import file_sha256, mask_file
+from finemask_ds.run import Run, file_sha256, mask_file
 
 C = TypeVar("C", bound=CellKnobs)
 
@@ -105,7 +105,7 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
             overwritten; nothing has been written by then.
     """
     task = task_named(config.task)
-    check_outputs(config, task)
+    check_outputs(config, task, run_of(config, begin=False))
     check_mixed_precision(config.mixed_precision, world.device)
     check_data(task, config.data, [name for name in predicted_splits(task) if config.predict and name != "dev"])
     train, dev = (load_split(task, config.data, name) for name in ("train", "dev"))
@@ -178,13 +178,37 @@ def resolved(config: FinetuneConfig, task: Task, max_positions: int) -> Finetune
     return replace(config, task=task.name, **missing)
 
 
-def check_outputs(config: FinetuneConfig, task: Task) -> None:
-    """Refuse to overwrite what ``--save_model`` or ``--predict`` names."""
-    if config.save_model:
-        refuse_existing(Path(config.save_model), "--save_model")
+def run_of(config: FinetuneConfig, *, begin: bool) -> Run:
+    """The run directory of the knobs as typed; ``begin`` and errors as in `Run.open`."""
+    return Run.open(
+        config.run or None, config.identity(), config.defaults(), config.method, volatile=config.volatile, begin=begin
+    )
+
+
+def outputs(config: FinetuneConfig, task: Task) -> dict[Path, str]:
+    """What a cell writes outside its run directory -> the knob that names it."""
+    wanted = {Path(config.save_model): "--save_model"} if config.save_model else {}
     if config.predict:
-        for path in predicted_files(Path(config.predict), task).values():
-            refuse_existing(path, "--predict")
+        wanted |= dict.fromkeys(predicted_files(Path(config.predict), task).values(), "--predict")
+    return wanted
+
+
+def check_outputs(config: FinetuneConfig, task: Task, run: Run) -> None:
+    """Refuse to overwrite what is at the names of `outputs`, unless it is from this run.
+
+    Raises:
+        UserError: naming the knob to change.
+    """
+    own = run.result_of("outputs")["paths"] if run.done("outputs") else []
+    for path, argument in outputs(config, task).items():
+        if str(path.absolute()) not in own:
+            refuse_existing(path, argument)
+
+
+def claim_outputs(config: FinetuneConfig, task: Task, run: Run) -> None:
+    """Note in the run directory what it is about to write elsewhere, so that a kill in between leaves it its own."""
+    check_outputs(config, task, run)  # once more: between then and now lies the training
+    run.mark_done("outputs", {"paths": [str(path.absolute()) for path in outputs(config, task)]})
 
 
 def predicted_splits(task: Task) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from finemask_ds.config import FinetuneConfig
@@ -22,7 +21,7 @@ from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.constrain import FixedMask
 from finemask_ds.finetune.give import give
-from finemask_ds.finetune.job import Job, open_job
+from finemask_ds.finetune.job import Job, open_job, outputs, run_of
 from finemask_ds.finetune.progress import Curve, keep_weights, put_back
 from finemask_ds.models.downstream import TaskModel, counts
 from finemask_ds.provenance import collect
@@ -72,15 +71,14 @@ def _fine_tune(job: Job, run: Run, world: World, interruption: Interruption) -> 
     mismatched = job.mismatched.scores(task_model, world).values if job.mismatched else None
     result = describe(job, cell.curve, seconds, peak_memory_gib(world.device))
     result |= {"mismatched": mismatched, "sparsity": fixed.sparsity() if fixed else 0.0}
-    give(job, result, task_model, world)
+    give(job, run, result, task_model, world)
     world.on_first(lambda: conclude(run, result))
     return {**result, "run": str(run.folder)}
 
 
 def open_run(job: Job, config: FinetuneConfig) -> Run:
     """The run directory of a cell; another mask or other rows under the same names are refused."""
-    folder = Path(config.run) if config.run else None
-    run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=config.volatile)
+    run = run_of(config, begin=True)
     inputs = {
         "mask_fingerprint": job.mask_file.mask.fingerprint() if job.mask_file else None,
         "model_sha256": job.downstream.sha256,
@@ -89,7 +87,7 @@ def open_run(job: Job, config: FinetuneConfig) -> Run:
     before = read_json(run.provenance) if run.provenance.exists() else {}
     if any(before.get(key, value) != value for key, value in inputs.items()):
         raise UserError(f"{run.folder} was begun with another mask, model or data of these names; type another --run")
-    if run.done("finetune") and (config.save_model or config.predict):
+    if run.done("finetune") and not all(path.exists() for path in outputs(config, job.task)):
         raise UserError(f"{run.folder} is done and kept no weights; type another --run to train again and write them")
     run.write_provenance(inputs)
     print(f"run directory {run.folder}", flush=True)

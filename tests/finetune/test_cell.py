@@ -280,6 +280,34 @@ def test_the_subnetwork_is_given_away_with_its_zeros(
     assert not run.joinpath("best").exists()
 
 
+def test_the_same_command_knows_its_own_files_again(
+    toy_bert: Path, toy_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two of the files that it writes elsewhere, and once more when it is done."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = {"save_model": str(tmp_path / "model"), "predict": str(tmp_path / "MNLI-m.tsv")}
+    with monkeypatch.context() as patch:
+        patch.setattr("finemask_ds.finetune.give.save_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cell(toy_bert, toy_tasks, tmp_path / "run", "mnli", **names)
+    assert (tmp_path / "MNLI-mm.tsv").exists()
+    first = cell(toy_bert, toy_tasks, tmp_path / "run", "mnli", **names)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert tmp_path / "model/model.safetensors" in written
+    assert cell(toy_bert, toy_tasks, tmp_path / "run", "mnli", **names)["score"] == first["score"]
+    kept = {path: path.stat().st_mtime_ns for path in written if path.name != "provenance.json"}
+    assert kept.items() <= written.items()
+    (tmp_path / "MNLI-m.tsv").unlink()
+    with pytest.raises(UserError, match="is done and kept no weights; type another --run"):
+        cell(toy_bert, toy_tasks, tmp_path / "run", "mnli", **names)
+    with pytest.raises(UserError, match=r"MNLI-mm\.tsv exists and is not written over"):
+        cell(toy_bert, toy_tasks, tmp_path / "other", "mnli", predict=names["predict"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_row_that_is_unusable_moves_no_other_prediction(tmp_path: Path) -> None:
     """GLUE's server goes by the index; a row that could not be read has none of our predictions."""
     rows = [f"{number}\ta sentence" for number in range(200)]
