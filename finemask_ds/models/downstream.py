@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import Family, family_of, max_positions
-from finemask_ds.models.load import backbone_sha256, loading, quiet_transformers
+from finemask_ds.models.load import backbone_sha256, load_model
 
 SPAN = "span"
 
@@ -81,26 +81,17 @@ def load_downstream(name: str, *, kind: str, labels: Sequence[str], dropout: flo
     Raises:
         UserError: unknown model or family, or a checkpoint without safetensors.
     """
-    transformers = quiet_transformers()
-    with loading(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        family_of(config.model_type)
-        if dropout is not None:
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = config.classifier_dropout = dropout
-        auto = transformers.AutoModelForQuestionAnswering
-        if kind != SPAN:
-            auto = transformers.AutoModelForSequenceClassification
-            config.num_labels = len(labels) or 1
-            config.problem_type = "regression" if kind == "regression" else "single_label_classification"
-            config.id2label = dict(enumerate(labels or ["score"]))
-            config.label2id = {label: number for number, label in config.id2label.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = auto.from_pretrained(
-                name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    model.eval()
+    auto, options = "AutoModelForQuestionAnswering", dict[str, Any]()
+    if dropout is not None:
+        options |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), dropout)
+    if kind != SPAN:
+        auto, id2label = "AutoModelForSequenceClassification", dict(enumerate(labels or ["score"]))
+        options |= {
+            "num_labels": len(labels) or 1,
+            "problem_type": "regression" if kind == "regression" else "single_label_classification",
+            "id2label": id2label, "label2id": {label: number for number, label in id2label.items()},
+        }  # fmt: skip
+    model, tokenizer, _ = load_model(name, auto, options, seed=seed)
     return Downstream(model, tokenizer, name, backbone_sha256(model))
 
 

@@ -21,8 +21,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
     """Multiply the weights of a transformers model by a mask, in place.
 
     Args:
-        model: of a known family, with any head or none; an MLM decoder keeps the unmasked embedding, as losses are
-            measured.
+        model: of a known family, with any head or none; an MLM decoder keeps the unmasked embedding, frozen, as losses
+            are measured.
         mask: of its backbone; a pooler that the model lacks is left out.
         hold: whether the pruned weights' gradients are to be zero from now on. Whatever trains the model then, with an
             optimizer that has not begun, leaves those weights at zero.

@@ -1,6 +1,7 @@
 """Which matrices are prunable, by role, and where the MLM head stands: the one table of layer names.
 
-A new family is one more row of ``FAMILIES``: the patterns of its matrices, the attributes of its backbone and head.
+A new family built like BERT, its MLM head one module, is one more row of ``FAMILIES``: the patterns of its matrices,
+the attributes of its backbone and head.
 """
 
 from __future__ import annotations
@@ -127,6 +128,9 @@ def max_positions(model: nn.Module) -> int:
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of the MLM head: transform and bias; the tied decoder matrix belongs to the embedding."""
-    prefix = family_of(model.config.model_type).backbone + "."  # type: ignore[union-attr,arg-type]
-    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(prefix)}
+    """Name -> parameter of the MLM head: transform and bias; the decoder's matrix is the embedding's, or stays."""
+    family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+    return {
+        name: parameter for name, parameter in model.named_parameters()
+        if not name.startswith(f"{family.backbone}.") and name != f"{family.decoder}.weight"
+    }  # fmt: skip

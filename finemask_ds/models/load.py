@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import UserError, abbreviated
 from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, max_positions, prunable
 from finemask_ds.run import disk_full_is_user_error
 from finemask_ds.silence import silent_output
@@ -89,24 +90,65 @@ def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) 
     Raises:
         UserError: unknown model or family, a checkpoint without safetensors, or targets that the model lacks.
     """
+    options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model, tokenizer, drawn = load_model(name, "AutoModelForMaskedLM", options, seed=0)
+    if "pooler" in TARGETS[targets]:
+        with loading(name):
+            add_pooler(model, name)
+    return Pretrained(model, tokenizer, name, not drawn, prunable(model, targets))
+
+
+def load_model(name: str, auto: str, options: Mapping[str, Any], *, seed: int) -> tuple[Any, Any, list[str]]:
+    """A model of transformers in fp32 on the CPU, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: hub name or folder.
+        auto: the class of transformers that loads it.
+        options: of its configuration, put over the checkpoint's.
+        seed: of what the checkpoint lacks: a head, a pooler, and nothing else of the model.
+
+    Returns:
+        The model, the tokenizer, and the names of the parameters that were drawn.
+
+    Raises:
+        UserError: unknown model or family, a checkpoint without safetensors, without all weights of the encoder or
+            without a vocabulary.
+    """
     transformers = quiet_transformers()
     with loading(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        family_of(config.model_type)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-        # The draw of a missing head must not depend on what ran before, nor change it.
+        family = family_of(config.model_type)
+        for option, value in options.items():
+            setattr(config, option, value)
+        # The draw must not depend on what ran before, nor change it.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, report = transformers.AutoModelForMaskedLM.from_pretrained(
+            torch.manual_seed(seed)
+            model, report = getattr(transformers, auto).from_pretrained(
                 name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if "pooler" in TARGETS[targets]:
-            add_pooler(model, name)
-    missing = {key for key in report["missing_keys"] if key in head_parameters(model)}
+    drawn = sorted(report["missing_keys"])
+    encoder, pooler = f"{family.backbone}.", f"{family.backbone}.pooler."
+    if lacked := [key for key in drawn if key.startswith(encoder) and not key.startswith(pooler)]:
+        raise UserError(
+            f"--model {name} lacks weights of its encoder, {abbreviated(lacked)}, which would be random; type one "
+            "whose model.safetensors has them under these names"
+        )
+    _check_vocabulary(tokenizer, config.vocab_size, name)
     model.eval()
-    return Pretrained(model, tokenizer, name, not missing, prunable(model, targets))
+    return model, tokenizer, drawn
+
+
+def _check_vocabulary(tokenizer: Any, vocab_size: int, name: str) -> None:
+    """Refuse the empty tokenizer that transformers makes where there are no files of one, and numbers without a row."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"--model {name} has no vocabulary; save its tokenizer into the same folder and type it again")
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"--model {name} has {vocab_size} rows of word embeddings for the {len(tokenizer)} tokens of its "
+            "tokenizer; type one whose tokenizer is its own"
+        )
 
 
 def find_model(name: str) -> None:
@@ -198,7 +240,7 @@ def loading(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "the folder" if Path(name).is_dir() else f"the hub and its cache {_hub_cache()}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(

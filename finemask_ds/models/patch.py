@@ -43,15 +43,18 @@ def attach(model: nn.Module, mask: Mapping[str, Tensor], scores: Mapping[str, Te
 
 
 def tie_decoder_to_masked_embedding(model: nn.Module) -> None:
-    """Let the MLM decoder of an attached model read W * M of the embedding instead of the raw W."""
+    """Let the MLM decoder of an attached model read W * M of the embedding instead of the raw W.
+
+    A decoder with a matrix of its own keeps it.
+    """
     family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
     embedding, decoder = find_module(model, family.embedding), find_module(model, family.decoder)
-    if isinstance(embedding, MaskedEmbedding) and isinstance(decoder, nn.Linear):
+    if isinstance(embedding, MaskedEmbedding) and isinstance(decoder, nn.Linear) and decoder.weight is embedding.weight:
         _replace(model, family.decoder, TiedDecoder(embedding, decoder.bias))
 
 
 def untie_decoder(model: nn.Module) -> None:
-    """Give the MLM decoder a frozen copy of the embedding as it is now, which training the embedding leaves alone."""
+    """Give the MLM decoder a frozen copy of its matrix as it is now, which training the embedding leaves alone."""
     decoder = find_module(model, family_of(model.config.model_type).decoder)  # type: ignore[union-attr,arg-type]
     assert isinstance(decoder, nn.Linear)
     decoder.weight = nn.Parameter(decoder.weight.detach().clone(), requires_grad=False)

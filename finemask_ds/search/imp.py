@@ -12,13 +12,13 @@ embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from finemask_ds.config import ImpConfig
 from finemask_ds.engine.base import Engine, Group
-from finemask_ds.engine.loop import Span
+from finemask_ds.engine.loop import Span, is_due
 from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.masks.binarize import masked
 from finemask_ds.masks.files import load_mask
@@ -53,7 +53,8 @@ def find_mask(setting: Setting) -> Outcome:
     with setting.recorder(num_steps) as recorder:
         trainer = Trainer(setting, engine, objective, recorder, theta0, stopwatch=stopwatch)
         state = {"rung": -1} | trainer.resume()
-        watch = MaskWatch(theta0.places, mask, draw=setting.draw)  # Distances from the unpruned model.
+        # Distances from the unpruned model.
+        watch = MaskWatch(theta0.places, mask, previous=looked_at_last(setting, rungs, state), draw=setting.draw)
         for rung, sparsity in enumerate(rungs):
             if rung < state["rung"]:
                 continue
@@ -79,6 +80,16 @@ def find_mask(setting: Setting) -> Outcome:
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
     return Outcome(mask, num_steps, stopwatch.seconds, head_values(engine), engine.describe())
+
+
+def looked_at_last(setting: Setting, rungs: Sequence[float], state: Mapping[str, int]) -> Mask | None:
+    """The mask that a resumed run recorded last, of its rung or still of the one before; None before the first."""
+    config, rung = setting.config, state["rung"]
+    assert isinstance(config, ImpConfig)
+    origin, last = rung * config.interval_steps, (rung + 1) * config.interval_steps
+    if not any(is_due(config.watch_every, step, last=last) for step in range(origin + 1, state["step"] + 1)):
+        rung -= 1  # Which was looked at when its last step was taken.
+    return load_mask(setting.run.rung_mask(rungs[rung])) if rung >= 0 else None
 
 
 def start(setting: Setting, config: ImpConfig) -> tuple[Pretrained, Mask, list[Group]]:

@@ -61,15 +61,16 @@ def reconstruction_sizes(theta0: Pretrained, setting: Setting) -> dict[str, Tens
     world, found = setting.world, activation_sizes(theta0, setting)
     start = Mask({name: size >= 1 for name, size in found.items()})
     if world.is_first:
-        blocks = torch.from_numpy(setting.corpus.train.astype("int64"))
+        blocks = setting.corpus.train  # Of which few are read.
         wanted = min(len(blocks), -(-NUM_TOKENS // setting.config.seq_len))
         spread = torch.linspace(0, len(blocks) - 1, wanted).round().long()
+        chosen = torch.from_numpy(blocks[spread.numpy()].astype("int64"))
 
         def tell(line: str) -> None:
             print(line, flush=True)
             world.barrier()
 
-        found |= reconstruct(theta0, blocks[spread], start, world.device, tell)
+        found |= reconstruct(theta0, chosen, start, world.device, tell)
     else:
         # So that none waits longer than a layer takes; see --time_out_sec.
         for _ in {place.layer for place in theta0.places.values()} - {None}:

@@ -13,7 +13,10 @@ def test_the_ladder_climbs_in_exact_decimals():
     assert ladder(0.8, start=0.2, step=0.3) == [0.2, 0.5, 0.8]
 
 
-@pytest.mark.parametrize(("target", "rungs"), [(0.25, [0.1, 0.2, 0.25]), (0.05, [0.05]), (0.1, [0.1]), (0.0, [0.0])])
+@pytest.mark.parametrize(
+    ("target", "rungs"),
+    [(0.25, [0.1, 0.2, 0.25]), (0.05, [0.05]), (0.1, [0.1]), (0.0, [0.0]), ((sum := 0.1 + 0.2), [0.1, 0.2, sum])],
+)
 def test_the_last_rung_is_the_target(target, rungs):
     assert ladder(target) == rungs
 

@@ -12,12 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+)
 
 import finemask_ds
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import save_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.models.downstream import load_downstream
 from finemask_ds.models.export import export_checkpoint
 from finemask_ds.models.families import LAYER_ROLES, head_parameters, prunable
 from finemask_ds.models.load import load_pretrained, save_pretrained
@@ -72,6 +82,49 @@ def test_a_checkpoint_without_a_head_is_known_and_its_draw_is_always_the_same(tm
     of_first, of_second = head_parameters(first.model), head_parameters(second.model)
     assert all(torch.equal(value, of_second[name]) for name, value in of_first.items())
     assert first.digest() == second.digest() != load_pretrained(str(toy_bert)).digest()
+
+
+def test_weights_that_would_be_random_are_refused(tmp_path: Path, toy_bert: Path) -> None:
+    """As when a layer is missing or a wrapper has put its name before every key; a head and a pooler may be drawn."""
+    whole = load_file(toy_bert / "model.safetensors")
+    layer = {name: value for name, value in whole.items() if ".layer.1." not in name}
+    for number, weights in enumerate([layer, {f"student.{name}": value for name, value in whole.items()}]):
+        folder = tmp_path / str(number)
+        shutil.copytree(toy_bert, folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"lacks weights of its encoder, bert\..* which would be random"):
+            load_pretrained(str(folder))
+        with pytest.raises(UserError, match="lacks weights of its encoder"):
+            load_downstream(str(folder), kind="regression", labels=(), dropout=None, seed=1)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, toy_bert: Path) -> None:
+    """transformers makes an empty tokenizer where there is none, of which every word is [UNK]."""
+    AutoModelForMaskedLM.from_pretrained(toy_bert).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="has no vocabulary"):
+        load_pretrained(str(tmp_path / "model"))
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path: Path, toy_bert: Path) -> None:
+    shutil.copytree(toy_bert, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(toy_bert)
+    rows = AutoConfig.from_pretrained(toy_bert).vocab_size
+    tokenizer.add_tokens([f"added{number}" for number in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=rf"{rows} rows of word embeddings for the {rows + 1} tokens"):
+        load_pretrained(str(tmp_path / "model"))
+
+
+def test_a_broken_checkpoint_is_a_sentence(tmp_path: Path, toy_bert: Path) -> None:
+    """A pointer of git-lfs instead of the file, and shapes other than the configuration's."""
+    shutil.copytree(toy_bert, tmp_path / "pointer")
+    (tmp_path / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    shutil.copytree(toy_bert, tmp_path / "shapes")
+    config = json.loads((toy_bert / "config.json").read_text())
+    (tmp_path / "shapes/config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    for name in ("pointer", "shapes"):
+        with pytest.raises(UserError, match="could not be loaded from the folder"):
+            load_pretrained(str(tmp_path / name))
 
 
 def test_unknown_models_and_families_are_sentences(tmp_path: Path) -> None:

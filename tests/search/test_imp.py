@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finemask_ds.masks.files import load_mask
+from finemask_ds.masks.mask import Mask
+from finemask_ds.models.export import apply_mask
+from finemask_ds.models.load import load_pretrained, save_pretrained
 from finemask_ds.run import Run, read_json
+from finemask_ds.search import imp
+from finemask_ds.search.setting import open_setting
 from tests.pool import RankPool
 from tests.search import jobs
 
@@ -62,6 +69,30 @@ def test_the_first_rung_is_omp(toy_bert: Path, toy_text: Path, tmp_path: Path) -
     assert result["steps"] == 0
 
 
+@pytest.mark.parametrize("decoder", ["masked", "unmasked"])
+def test_a_decoder_of_its_own_stays_theta_0s(toy_bert: Path, toy_text: Path, tmp_path: Path, decoder: str) -> None:
+    """As in the checkpoints that ``finemask mask export`` writes: neither replaced, trained, pruned nor in the head."""
+    apart = tmp_path / "apart"
+    pretrained = load_pretrained(str(toy_bert))
+    apply_mask(pretrained.model, Mask.random(pretrained.shapes, 0.05, seed=1))
+    save_pretrained(pretrained, apart)
+    own = load_pretrained(str(apart))
+    decoder_weight = own.model.get_submodule(own.family.decoder).weight.detach().clone()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = own.model(tokens).logits
+    config = jobs.imp_config(tmp_path / "run", apart, toy_text, decoder=decoder, sparsity=0.2)
+    setting = open_setting(config, jobs.World(), model=str(apart), data=str(toy_text))
+    theta0, _, groups = imp.start(setting, config)
+    with torch.no_grad():
+        assert torch.equal(theta0.model(tokens).logits, expected)
+    of_model = {id(parameter) for parameter in theta0.model.parameters()}
+    assert all(id(parameter) in of_model for group in groups for parameter in group.parameters.values())
+    jobs.find(config)
+    assert "cls.predictions.decoder.weight" not in load_file(Run(tmp_path / "run").head)
+    assert torch.equal(theta0.model.get_submodule(own.family.decoder).weight, decoder_weight)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.slow
 def test_two_ranks_equal_one_plain_process(
@@ -98,6 +129,27 @@ def test_a_killed_run_goes_on_bit_for_bit(
     for sparsity in (0.1, 0.2, 0.3):
         masks = [load_mask(Run(Path(config.run)).rung_mask(sparsity)) for config in (whole, broken)]
         assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("killed_after", [3, 5, 8])
+def test_a_killed_run_records_the_same_flips(toy_bert: Path, toy_text: Path, tmp_path: Path, killed_after: int) -> None:
+    """Killed in a rung before its mask was looked at, with a checkpoint of its end, and after a look."""
+    whole, broken = (
+        jobs.imp_config(tmp_path / name, toy_bert, toy_text, save_every=1, watch_every=4, log_every=1)
+        for name in ("whole", "broken")
+    )
+    jobs.find(whole)
+    jobs.killed_after(jobs.World(), broken, killed_after)
+    jobs.find(broken)
+    flips = [
+        [
+            line.get("mask/flips/total")
+            for line in map(json.loads, Run(Path(config.run)).metrics.read_text().splitlines())
+        ]
+        for config in (whole, broken)
+    ]
+    assert flips[0] == flips[1]
+    assert sum(number is not None and number > 0 for number in flips[0]) == 2
 
 
 @pytest.mark.parametrize("decoder", ["masked", "unmasked"])
