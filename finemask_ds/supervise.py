@@ -113,6 +113,8 @@ def _prepare(
     if not hosts:
         return None
     address, port = answers[next(iter(hosts))].split()
+    if number < total and not config.micro_batch_size:
+        command = [*command, "--micro_batch_size", str(_micro_batch(config.batch_size, number, total))]
     return Launch(command, hosts, number, address, int(port))
 
 
@@ -125,6 +127,12 @@ def _usable(hosts: Mapping[str, int], config: TrainingConfig) -> dict[str, int]:
             chosen[host] = taken
             left -= taken
     return chosen
+
+
+def _micro_batch(batch_size: int, ranks: int, ranks_asked: int) -> int:
+    """Sequences per forward on one of ``ranks``: no more than on one of all that were asked for, which had room."""
+    share, most = batch_size // ranks, batch_size // ranks_asked
+    return next(size for size in range(most, 0, -1) if share % size == 0)
 
 
 def _divides(ranks: int, config: TrainingConfig) -> bool:

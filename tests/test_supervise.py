@@ -15,8 +15,9 @@ import pytest
 
 from finemask_ds import hostprocess
 from finemask_ds.config import TamtConfig
+from finemask_ds.engine.base import Batching
 from finemask_ds.errors import UserError
-from finemask_ds.supervise import _usable, supervise, without_options
+from finemask_ds.supervise import _micro_batch, _usable, supervise, without_options
 from tests.conftest import REPOSITORY
 
 
@@ -41,6 +42,14 @@ def test_a_restart_takes_as_many_ranks_as_the_batch_divides_by(
     left: dict[str, int], batch: int, micro: int, chosen: dict[str, int]
 ) -> None:
     assert _usable(left, TamtConfig(batch_size=batch, micro_batch_size=micro)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("batch", "left", "asked", "size"), [(256, 4, 8, 32), (48, 3, 4, 8), (16, 1, 16, 1), (14, 7, 14, 1)]
+)
+def test_fewer_ranks_take_no_larger_micro_batches(batch: int, left: int, asked: int, size: int) -> None:
+    assert _micro_batch(batch, left, asked) == size
+    Batching.of(batch, size, left)
 
 
 def test_a_rank_is_told_how_to_type_it(monkeypatch: pytest.MonkeyPatch) -> None:

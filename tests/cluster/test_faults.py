@@ -81,6 +81,7 @@ def test_a_supervised_run_loses_a_host_and_gets_it_back(scene: Scene, tmp_path: 
         step = started.steps()[-1]
         (supervisor,), rank = filter(is_supervisor, started.pids()), started.ranks()[0]
         started.wait_for_step(step + 10)
+        assert "1 rank(s) x 2 micro-batch(es) x 4 sequence(s) = 8 per step" in started.told()
         os.kill(rank, signal.SIGSTOP)  # Otherwise it may be done before the supervisor has reached its host.
         os.kill(supervisor, signal.SIGTERM)
         started.wait_for(lambda: is_pending(rank, signal.SIGTERM), "the supervisor's word")
