@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult, Collection
+from finemask_ds.report.cells import CellResult, differing
+from finemask_ds.report.collect import Collection
 from finemask_ds.report.figures import Drawing, draw_all, title_of
 from finemask_ds.report.tables import (
     Group,
@@ -61,7 +62,8 @@ def put_together(collection: Collection, out: Path) -> Content:
     by_model = cells_by_model(collection)
     parts = tuple(_part(cells, f"m{index}-" if index else "") for index, cells in enumerate(by_model.values()))
     unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
-    return Content(tuple(facts(collection)), tuple(cautions(parts)), collection.left_out, parts, unfinished, out)
+    careful = tuple(sentence for part in parts for sentence in cautions(part.groups))
+    return Content(tuple(facts(collection)), careful, collection.left_out, parts, unfinished, out)
 
 
 def cells_by_model(collection: Collection) -> dict[str, list[CellResult]]:
@@ -91,22 +93,18 @@ def _part(cells: Sequence[CellResult], prefix: str) -> Part:
     return Part(cells[0].model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
 
 
-def cautions(parts: Iterable[Part]) -> Iterator[str]:
+def cautions(groups: Iterable[Group]) -> Iterator[str]:
     """Sentences about numbers that average over cells that are not alike, and about undefined scores."""
-    names = ("steps", "batch_size", "lr", "seq_len", "data_sha256", "dev_rows")
-    for part in parts:
-        differing: dict[tuple[str, ...], list[str]] = {}
-        for group in part.groups:
-            done = [cell for cell in group.cells if cell.done]
-            found = tuple(name for name in names if len({getattr(cell, name) for cell in done}) > 1)
-            if found:
-                differing.setdefault(found, []).append(group.title)
-            reasons = dict.fromkeys(cell.undefined or "no reason given" for cell in done if cell.score is None)
-            if reasons:
-                yield f"{group.title}: a score is undefined ({'; '.join(reasons)}) and counts 0."
-        for found, titles in differing.items():
-            more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
-            yield f"Cells that differ in {', '.join(found)} are averaged in: {'; '.join(titles[:3])}{more}."
+    unlike: dict[tuple[str, ...], list[str]] = {}
+    for group in groups:
+        if found := differing(group.cells):
+            unlike.setdefault(found, []).append(group.title)
+        undefined = [cell for cell in group.cells if cell.done and cell.score is None]
+        if reasons := dict.fromkeys(cell.undefined or "no reason given" for cell in undefined):
+            yield f"{group.title}: a score is undefined ({'; '.join(reasons)}) and counts 0."
+    for found, titles in unlike.items():
+        more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+        yield f"Cells that differ in {', '.join(found)} are averaged in: {'; '.join(titles[:3])}{more}."
 
 
 def facts(collection: Collection) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -11,7 +11,7 @@ import numpy
 
 from finemask_ds.data.tasks import TASKS
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.scores import Board, Score, method_key
 from finemask_ds.report.style import INK, Look, blank, legend, looks, panels, style, whole_ticks, wrap
 

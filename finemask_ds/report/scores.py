@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from finemask_ds.data.tasks import PAPER_TASKS, TASKS
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 
 METHODS = ("full", "tamt-mlm+kd", "tamt-mlm", "tamt-kd", "imp", "reconstruction", "omp", "random")
 """The order of the rows; others follow by name."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult, collect
-from finemask_ds.report.content import cells_by_model, put_together
+from finemask_ds.report.cells import CellResult
+from finemask_ds.report.collect import collect
+from finemask_ds.report.content import cautions, cells_by_model, put_together
 from finemask_ds.report.heatmap import save_png
 from finemask_ds.report.page import html, markdown_text
 from finemask_ds.report.style import style
@@ -66,19 +67,22 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, l
 
 
 def score_tables(runs: Sequence[Path]) -> str:
-    """The tables of scores alone, aligned for a terminal; the numbers are the report's.
+    """The tables of scores, aligned for a terminal, and what is to be read with care; the numbers are the report's.
 
     Raises:
         UserError: where nothing is found.
     """
     lines = []
     for model, cells in cells_by_model(collect(runs)).items():
+        groups = Groups("")
         for sparsity in statistic.sparsities(cells):
-            sheet = main_sheet(statistic.board(cells, sparsity), Groups(""))
+            sheet = main_sheet(statistic.board(cells, sparsity), groups)
             rows = [
                 [name, *(f"{e.text} ({e.small})" if e.small else e.text for e in found)] for name, found in sheet.rows
             ]
             lines += [f"{sheet.title} ({model})", aligned(sheet.header, rows), ""]
+        if careful := list(cautions(groups.found.values())):
+            lines += [*careful, ""]
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from finemask_ds.finetune.job import with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.report.cells import SETTINGS
 from finemask_ds.run import Run, read_json
 from finemask_ds.signals import Interrupted, Interruption
 from tests.conftest import REPOSITORY
@@ -59,6 +60,7 @@ def test_every_kind_of_task_ends_in_a_whole_result(
     result = cell(toy_bert, toy_tasks, tmp_path / "run", task, mask=str(toy_mask))
     assert read_json(tmp_path / "run/result.json") == {key: result[key] for key in result if key != "run"}
     assert result["task"] == task
+    assert set(SETTINGS) - {"train_sha256", "data_sha256"} <= result.keys()
     assert result["train_rows"] == (24 if task == "squad" else 48)
     assert result["dev_rows"] == result["train_rows"]
     assert result["metric"] == next(iter(result["metrics"]))

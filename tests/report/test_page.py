@@ -235,7 +235,30 @@ def test_cells_that_are_not_alike_are_told(tmp_path):
     fakes.cell("mrpc", seed=1)
     fakes.cell("mrpc", seed=2, lr=5e-5)
     page, _ = write_report([tmp_path])
-    assert "Cells that differ in lr are averaged in: full model, MRPC" in page.read_text()
+    sentence = "Cells that differ in lr are averaged in: full model, MRPC"
+    assert sentence in page.read_text()
+    assert sentence in score_tables([tmp_path])
+
+
+def test_a_sweep_with_another_setting_in_the_same_folder_is_told(tmp_path):
+    """All of its cells count, beside those of the sweep before, and the table says so."""
+    fakes = Fakes(tmp_path)
+    for warmup_steps, score in ((0, 0.5), (300, 0.7)):
+        for seed in (1, 2, 3):
+            fakes.cell("mrpc", seed=seed, warmup_steps=warmup_steps, score=score)
+    page, _ = write_report([tmp_path])
+    (row,) = rows_of(page.parent / "scores.csv")
+    assert (float(row["mean"]), int(row["cells_done"])) == (pytest.approx(0.6), 6)
+    assert "Cells that differ in warmup_steps are averaged in: full model, MRPC" in page.read_text()
+
+
+def test_rows_that_the_seed_draws_are_no_other_setting(tmp_path):
+    fakes = Fakes(tmp_path)
+    for seed in (1, 2):
+        fakes.cell("mrpc", seed=seed, num_samples=100, data_sha256={"train": f"of seed {seed}", "dev": "cc"})
+    assert "Cells that differ" not in write_report([tmp_path])[0].read_text()
+    fakes.cell("mrpc", seed=2, num_samples=100, data_sha256={"train": "of other rows", "dev": "cc"})
+    assert "Cells that differ in train_sha256" in write_report([tmp_path])[0].read_text()
 
 
 @pytest.mark.parametrize("kind", ["nothing done", "searches only"])

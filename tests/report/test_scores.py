@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.origins import MaskOrigin
 
 
