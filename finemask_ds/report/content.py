@@ -24,6 +24,7 @@ from finemask_ds.report.tables import (
     name_of,
     other_metrics,
 )
+from finemask_ds.report.variants import with_variants
 from finemask_ds.units import duration
 
 
@@ -69,7 +70,7 @@ def put_together(collection: Collection, out: Path) -> Content:
 def cells_by_model(collection: Collection) -> dict[str, list[CellResult]]:
     """The cells of each backbone, which are never averaged with those of another; models by name."""
     by_model: dict[str, list[CellResult]] = {}
-    for cell in statistic.with_variants(collection.cells):
+    for cell in with_variants(collection.cells):
         by_model.setdefault(cell.model, []).append(cell)
     return dict(sorted(by_model.items()))
 
