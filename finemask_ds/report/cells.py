@@ -86,6 +86,11 @@ class CellResult:
     """The search that found the mask, where its result is still there."""
 
     @property
+    def backbone(self) -> str:
+        """Which theta_0 it is: its weights, whatever their name; the name where no one knows them."""
+        return self.model_sha256 or self.model
+
+    @property
     def done(self) -> bool:
         """Whether there is a result."""
         return self.state == "done"

@@ -48,7 +48,7 @@ def collect(runs: Sequence[Path]) -> Collection:
     reading = _Reading()
     for run in runs:
         reading.folder(run if run.is_dir() else run.parent, DEPTH)
-    cells, duplicates = _once(reading.cells)
+    cells, duplicates = _once(_with_models(reading.cells))
     if not cells and not reading.origins.searches:
         names = abbreviated([str(run) for run in runs])
         why = f" ({reading.left_out[0]})" if reading.left_out else ""
@@ -148,14 +148,33 @@ def _once(cells: Sequence[CellResult]) -> tuple[list[CellResult], int]:
     Finished ones are the same where model, mask, rows, seed and settings are; ids alone are names of folders.
     """
     kept: dict[tuple[object, ...], CellResult] = {}
-    ids = set()
+    known = set()
     for cell in sorted(cells, key=lambda cell: not cell.done):
-        asked = (cell.model, cell.model_sha256, cell.task, cell.mask_key, cell.seed, cell.num_samples)
+        planned = (cell.backbone, cell.id)
+        asked = (cell.backbone, cell.task, cell.mask_key, cell.seed, cell.num_samples)
         settings = (getattr(cell, name) for name in SETTINGS)
-        if cell.done or cell.id not in ids:
-            kept.setdefault((*asked, *settings) if cell.done else (cell.id,), cell)
-        ids.add(cell.id)
+        if cell.done or planned not in known:
+            kept.setdefault((*asked, *settings) if cell.done else planned, cell)
+        known.add(planned)
     return list(kept.values()), len(cells) - len(kept)
+
+
+def _with_models(cells: Sequence[CellResult]) -> list[CellResult]:
+    """Cells that know their theta_0: those without a result from others of the same plan, or all others, of its name.
+
+    Where these are not all of one, it stays unknown.
+    """
+    found: dict[tuple[Path | None, str], set[str]] = {}
+    for cell in cells:
+        for where in (cell.path.parent.parent, None):
+            if cell.model_sha256:
+                found.setdefault((where, cell.model), set()).add(cell.model_sha256)
+    answer = []
+    for cell in cells:
+        near = found.get((cell.path.parent.parent, cell.model)) or found.get((None, cell.model)) or set()
+        known = cell.model_sha256 or (min(near) if len(near) == 1 else None)
+        answer.append(replace(cell, model_sha256=known))
+    return answer
 
 
 def _with_origins(cells: Sequence[CellResult], origins: Origins) -> list[CellResult]:

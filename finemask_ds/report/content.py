@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from finemask_ds.errors import abbreviated
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.cells import CellResult, differing
 from finemask_ds.report.collect import Collection
@@ -33,6 +34,7 @@ class Part:
     """What there is of one backbone."""
 
     model: str
+    """As it is called; in brackets which, where that is not its name alone."""
     cells: tuple[CellResult, ...]
     sheets: tuple[Sheet, ...]
     """The scores, sparsity by sparsity."""
@@ -61,21 +63,47 @@ class Content:
 def put_together(collection: Collection, out: Path) -> Content:
     """Tables, figures and facts of what was collected, for a report in the folder ``out``."""
     by_model = cells_by_model(collection)
-    parts = tuple(_part(cells, f"m{index}-" if index else "") for index, cells in enumerate(by_model.values()))
+    parts = tuple(
+        _part(model, cells, f"m{index}-" if index else "") for index, (model, cells) in enumerate(by_model.items())
+    )
     unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
     careful = tuple(sentence for part in parts for sentence in cautions(part.groups))
+    careful = (*_names_of_many(collection.cells), *careful)
     return Content(tuple(facts(collection)), careful, collection.left_out, parts, unfinished, out)
 
 
 def cells_by_model(collection: Collection) -> dict[str, list[CellResult]]:
-    """The cells of each backbone, which are never averaged with those of another; models by name."""
-    by_model: dict[str, list[CellResult]] = {}
+    """The cells of each backbone, which are never averaged with those of another; models by name.
+
+    One of several names has them all; of several under one name the first figures of their hashes are told.
+    """
+    by_backbone: dict[str, list[CellResult]] = {}
     for cell in with_variants(collection.cells):
-        by_model.setdefault(cell.model, []).append(cell)
+        by_backbone.setdefault(cell.backbone, []).append(cell)
+    names = {backbone: abbreviated(sorted({cell.model for cell in cells})) for backbone, cells in by_backbone.items()}
+    by_model = {}
+    for backbone, cells in by_backbone.items():
+        name, alone = names[backbone], list(names.values()).count(names[backbone]) == 1
+        by_model[name if alone else f"{name} ({_weights(cells[0].model_sha256)})"] = cells
     return dict(sorted(by_model.items()))
 
 
-def _part(cells: Sequence[CellResult], prefix: str) -> Part:
+def _names_of_many(cells: Iterable[CellResult]) -> Iterator[str]:
+    """A sentence for each name that stands for several backbones."""
+    found: dict[str, set[str | None]] = {}
+    for cell in cells:
+        found.setdefault(cell.model, set()).add(cell.model_sha256)
+    for name, hashes in sorted(found.items()):
+        if len(hashes) > 1:
+            listed = ", ".join(sorted(map(_weights, hashes)))
+            yield f"{name} is not one model in all cells: {listed}. Each is reported by itself."
+
+
+def _weights(sha256: str | None) -> str:
+    return f"weights {sha256[:12]}" if sha256 else "weights not recorded"
+
+
+def _part(model: str, cells: Sequence[CellResult], prefix: str) -> Part:
     groups = Groups(prefix)
     sheets, details = [], []
     for sparsity in statistic.sparsities(cells):
@@ -91,7 +119,7 @@ def _part(cells: Sequence[CellResult], prefix: str) -> Part:
     masks = mask_sheet(cells, groups)
     details += [masks] if masks else []
     drawings = tuple(replace(drawing, name=prefix + drawing.name) for drawing in draw_all(cells))
-    return Part(cells[0].model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
+    return Part(model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
 
 
 def cautions(groups: Iterable[Group]) -> Iterator[str]:

@@ -29,10 +29,10 @@ def _by_settings(cells: Sequence[CellResult]) -> list[CellResult]:
     values: dict[tuple[str, str], dict[str, set[str]]] = {}
     for cell in cells:
         for name, value in cell.origin.settings if cell.origin else ():
-            values.setdefault((cell.model, cell.method), {}).setdefault(name, set()).add(value)
+            values.setdefault((cell.backbone, cell.method), {}).setdefault(name, set()).add(value)
     answer = []
     for cell in cells:
-        differing = {k for k, found in values.get((cell.model, cell.method), {}).items() if len(found) > 1}
+        differing = {k for k, found in values.get((cell.backbone, cell.method), {}).items() if len(found) > 1}
         words = [f"{k} {v}" for k, v in (cell.origin.settings if cell.origin else ()) if k in differing]
         answer.append(_called(cell, ", ".join(words)))
     return answer
@@ -83,7 +83,7 @@ def _home(mask: Path) -> Path:
 
 
 def _place(cell: CellResult) -> _Place:
-    return cell.model, cell.method, cell.sparsity
+    return cell.backbone, cell.method, cell.sparsity
 
 
 def _called(cell: CellResult, words: str | None) -> CellResult:
