@@ -18,8 +18,11 @@ from finemask_ds.run import Run, read_json
 DEPTH = 4
 """Folders below a RUN that are looked into."""
 
-_NEVER = {"checkpoints", "masks", "tb", "done", "report", "figures", "cells"}
-"""Folders of a run that hold no runs; cells are read through their plan."""
+_OWN = {"checkpoints", "masks", "tb", "done", "report", "figures", "cells"}
+"""Folders of a run, a plan or a report that hold no runs; cells are read through their plan. Elsewhere they are names
+like others."""
+_SIGNS = ("config.json", "result.json", "plan.json", "cells", "report.md")
+"""What such a folder is known by."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ def _folders(folder: Path) -> Iterator[Path]:
         entries = list(os.scandir(folder))
     except OSError:
         return
+    own = _OWN if {entry.name for entry in entries}.intersection(_SIGNS) else set()
     for entry in entries:
-        skipped = entry.name.startswith((".", "attempt-")) or entry.name in _NEVER
+        skipped = entry.name.startswith((".", "attempt-")) or entry.name in own
         if not skipped and entry.is_dir(follow_symlinks=False):
             yield Path(entry.path)
 

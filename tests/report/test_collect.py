@@ -98,6 +98,20 @@ def test_checkpoints_and_foreign_folders_are_passed_by(tmp_path):
     assert (len(collect([tmp_path]).cells), collect([tmp_path]).left_out) == (before, ())
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "masks", "tb", "done", "report", "figures"])
+def test_a_folder_of_the_users_may_have_any_name(tmp_path, name):
+    """It is looked into where it is none of a run's, a plan's or a report's own."""
+    small(tmp_path / "elsewhere")
+    cell = next((tmp_path / "elsewhere" / "cells").iterdir())
+    shutil.copytree(cell, tmp_path / "runs" / name / "one")
+    assert [found.id for found in collect([tmp_path / "runs"]).cells] == ["one"]
+    for sign in ("config.json", "result.json", "plan.json", "report.md"):
+        (tmp_path / "runs" / sign).write_text("{}")
+        with pytest.raises(UserError, match="holds no plan, fine-tuning or search"):
+            collect([tmp_path / "runs"])
+        (tmp_path / "runs" / sign).unlink()
+
+
 BROKEN = ("{", "[]", '{"kind": "finetune"}', '{"kind": "finetune", "task": "x", "sparsity": []}', "\x00\xff")
 
 
