@@ -42,6 +42,14 @@ def test_searches_with_other_settings_are_not_seeds_of_one_method(two_starts):
     assert rows(two_starts) == {"tamt-kd (init binary)": 2, "tamt-kd (init reconstruction)": 2}
 
 
+def test_searches_of_one_model_under_two_names_are_seeds_of_one_method(tmp_path):
+    for number, model in enumerate(("theta", "elsewhere/theta")):
+        fakes = Fakes(tmp_path / str(number))
+        for steps, path in fakes.search("tamt-kd", 0.7, number, model=model).items():
+            fakes.cell("mrpc", path, method="tamt-kd", sparsity=0.7, mask_seed=number, steps=steps, model=model)
+    assert rows(tmp_path) == {"tamt-kd": 2}
+
+
 def test_without_their_searches_masks_of_one_seed_are_not_seeds_of_one_method(two_starts):
     """Of a sweep copied alone nobody knows which of the masks belong together; those on the way are no rows."""
     for name in ("binary", "reconstruction"):
