@@ -18,7 +18,8 @@ from finemask_ds.errors import UserError
 from finemask_ds.provenance import collect, refuse_other_config
 
 CONFIG_VERSION = 1  # raise it when an old config would mean something else under the same names
-_ON_THE_WAY = re.compile(r"(?:step-)?(\d+(?:\.\d+)?)\.safetensors")
+ON_THE_WAY = re.compile(r"(?:step-)?(\d+(?:\.\d+)?)\.safetensors")
+"""Names of the masks in masks/, but for the first."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -190,7 +191,7 @@ class Run:
 
     def masks_on_the_way(self) -> list[Path]:
         """The snapshots by step, or the rungs by sparsity."""
-        found = {path: _ON_THE_WAY.fullmatch(path.name) for path in self.start_mask.parent.glob("*.safetensors")}
+        found = {path: ON_THE_WAY.fullmatch(path.name) for path in self.start_mask.parent.glob("*.safetensors")}
         return [path for _, path in sorted((float(place[1]), path) for path, place in found.items() if place)]
 
     @property

@@ -62,9 +62,11 @@ def model_card(task: Task, result: Mapping[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     figures = {name: value for name, value in result["metrics"].items() if value is not None}
+    is_local = Path(result["model"]).is_dir()  # Then nobody elsewhere knows it, nor should see where it lay.
+    model = Path(result["model"]).resolve().name if is_local else result["model"]
     data = ModelCardData(
         library_name="transformers", tags=["finemask_ds", "pruning", "lottery-ticket"], model_name=task.title,
-        base_model=None if result["model"] == "builtin" else Path(result["model"]).name,
+        base_model=None if is_local or model == "builtin" else model,
         eval_results=[
             EvalResult(
                 task_type="question-answering" if task.kind == SPAN else "text-classification", dataset_type=task.name,
@@ -80,7 +82,7 @@ def model_card(task: Task, result: Mapping[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {result['method']} on {task.title}\n\n"
-        f"{what}, fine-tuned from {result['model']} on {result['train_rows']:,} rows of {task.title} by finemask_ds: "
+        f"{what}, fine-tuned from {model} on {result['train_rows']:,} rows of {task.title} by finemask_ds: "
         f"{result['steps']} steps of {result['batch_size']}, peak rate {result['lr']:g}, seed {result['seed']}.\n\n"
         f"Dev ({result['dev_rows']:,} rows), best at step {result['best_step']}: {scores}. The best of "
         f"{len(result['curve'])} looks at the dev rows is an optimistic figure; the last was "

@@ -196,7 +196,8 @@ def describe(job: Job, curve: Curve, seconds: float, peak_gib: float) -> dict[st
         "data_sha256": {"train": job.train.sha256, "dev": job.dev.examples.sha256},
         "epochs": config.epochs if config.steps is None else None, "batch_size": config.batch_size, "lr": config.lr,
         "warmup_steps": config.warmup_steps, "seq_len": config.seq_len, "eval_every": config.eval_every,
-        "mixed_precision": config.mixed_precision,
+        "mixed_precision": config.mixed_precision, "dropout": config.dropout, "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
         "hyper_parameters": job.task.source,
         "seconds": seconds, "peak_memory_gib": peak_gib, "versions": made["versions"], "code": made["code"],
     }  # fmt: skip

@@ -4,85 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finemask_ds.config import FinetuneConfig
-from finemask_ds.dispatch.plan import Cell, Plan
+from finemask_ds.dispatch.plan import Plan
 from finemask_ds.errors import UserError, abbreviated
+from finemask_ds.report.cells import SETTINGS, CellResult, finished_cell, planned_cell
 from finemask_ds.report.origins import MaskOrigin, Origins
 from finemask_ds.run import Run, read_json
 
 DEPTH = 4
 """Folders below a RUN that are looked into."""
 
-_NEVER = {"checkpoints", "masks", "tb", "done", "report", "figures", "cells"}
-"""Folders of a run that hold no runs; cells are read through their plan."""
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """One fine-tuning: what was asked and, where it is done, what came out."""
-
-    id: str
-    state: str
-    """``done``, ``failed`` or ``missing``."""
-    path: Path
-    """Its result.json, there only if done."""
-    task: str
-    method: str
-    model: str
-    sparsity: float | None
-    """What was aimed at, as a share of the masked matrices; 0 for the full model, None where no one knows yet."""
-    mask: str | None
-    mask_key: str
-    """Equal for equal masks: fingerprint, hash of the file or its path; "" for the full model."""
-    mask_seed: int | None
-    search_steps: int | None
-    seed: int
-    num_samples: int
-    """Training rows asked for; 0: all."""
-    mask_sha256: str | None = None
-    """Of the mask's file."""
-    metric: str = ""
-    score: float | None = None
-    """Best dev result, 1 = perfect."""
-    last_score: float | None = None
-    undefined: str | None = None
-    """Why ``score`` is None though the cell is done."""
-    best_step: int | None = None
-    steps: int | None = None
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    last_metrics: Mapping[str, float | None] = field(default_factory=dict)
-    mismatched: Mapping[str, float | None] = field(default_factory=dict)
-    curve: tuple[Mapping[str, Any], ...] = ()
-    measured_sparsity: float | None = None
-    train_rows: int | None = None
-    dev_rows: int | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    seq_len: int | None = None
-    data_sha256: str = ""
-    seconds: float | None = None
-    peak_memory_gib: float | None = None
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-    """The traceback of the last failed attempt."""
-    origin: MaskOrigin | None = None
-    """The search that found the mask, where its result is still there."""
-
-    @property
-    def done(self) -> bool:
-        """Whether there is a result."""
-        return self.state == "done"
-
-    @property
-    def value(self) -> float:
-        """The score as it counts in means: an undefined one is 0."""
-        return self.score if self.score is not None else 0.0
+_OWN = {"checkpoints", "masks", "tb", "done", "report", "figures", "cells"}
+"""Folders of a run, a plan or a report that hold no runs; cells are read through their plan. Elsewhere they are names
+like others."""
+_SIGNS = ("config.json", "result.json", "plan.json", "cells", "report.md")
+"""What such a folder is known by."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +51,7 @@ def collect(runs: Sequence[Path]) -> Collection:
     reading = _Reading()
     for run in runs:
         reading.folder(run if run.is_dir() else run.parent, DEPTH)
-    cells, duplicates = _once(reading.cells)
+    cells, duplicates = _once(_with_models(reading.cells))
     if not cells and not reading.origins.searches:
         names = abbreviated([str(run) for run in runs])
         why = f" ({reading.left_out[0]})" if reading.left_out else ""
@@ -199,72 +139,46 @@ def _folders(folder: Path) -> Iterator[Path]:
         entries = list(os.scandir(folder))
     except OSError:
         return
+    own = _OWN if {entry.name for entry in entries}.intersection(_SIGNS) else set()
     for entry in entries:
-        skipped = entry.name.startswith((".", "attempt-")) or entry.name in _NEVER
+        skipped = entry.name.startswith((".", "attempt-")) or entry.name in own
         if not skipped and entry.is_dir(follow_symlinks=False):
             yield Path(entry.path)
 
 
-def last_error(folder: Path) -> str:
-    """Traceback and error of a cell's last failed attempt, "" where none failed or it is to be tried again."""
-    failures = sorted(folder.glob("attempt-*/failed.json"), key=lambda path: int(path.parent.name.split("-")[-1]))
-    if not failures:
-        return ""
-    found = read_json(failures[-1])
-    if found.get("excused"):
-        return ""
-    trace, error = str(found.get("traceback") or "").rstrip(), str(found.get("error") or "failed without a word")
-    return trace if trace.endswith(error) else f"{trace}\n{error}".lstrip()
-
-
-def planned_cell(root: Path, cell: Cell) -> CellResult:
-    """A cell that has no result yet: failed if an attempt says so, else missing."""
-    defaults, folder = FinetuneConfig.defaults(), root / "cells" / cell.id
-    options = {**defaults, **cell.options}
-    mask, error = options["mask"] or None, last_error(folder)
-    return CellResult(
-        id=cell.id, state="failed" if error else "missing", path=folder / "result.json", task=cell.task,
-        method=cell.method, model=options["model"], sparsity=None if mask else 0.0, mask=mask,
-        mask_sha256=cell.mask_sha256, mask_key=mask or "", mask_seed=None, search_steps=None, seed=options["seed"],
-        num_samples=options["num_samples"], error=error,
-    )  # fmt: skip
-
-
-def finished_cell(path: Path, result: Mapping[str, Any]) -> CellResult:
-    """A cell with a result; KeyError, TypeError or ValueError where the file is not one of a cell."""
-    mask, measured = result.get("mask"), float(result["sparsity"])
-    target = result.get("target_sparsity")
-    key = result.get("mask_fingerprint") or result.get("mask_sha256") or mask or ""
-    plain = ("last_score", "undefined", "best_step", "steps", "train_rows", "dev_rows", "epochs", "batch_size", "lr",
-             "seq_len", "seconds", "peak_memory_gib", "mask_seed", "mask_sha256", "search_steps")  # fmt: skip
-    maps = ("metrics", "last_metrics", "mismatched", "versions")
-    data = result.get("data_sha256") or {}
-    score = result["score"]
-    others: dict[str, Any] = {name: result.get(name) for name in plain}
-    others |= {name: dict(result.get(name) or {}) for name in maps}
-    return CellResult(
-        id=path.parent.name, state="done", path=path, task=str(result["task"]), metric=str(result["metric"]),
-        method=str(result.get("method") or ("imported" if mask else "full")), model=str(result.get("model", "")),
-        sparsity=(round(measured, 2) if target is None else float(target)) if key else 0.0,
-        measured_sparsity=measured, mask=mask, mask_key=str(key), seed=int(result.get("seed", 1)),
-        num_samples=int(result.get("num_samples") or 0), score=None if score is None else float(score),
-        curve=tuple(result.get("curve") or ()),
-        data_sha256=str(data.get("dev", "")) if isinstance(data, dict) else str(data),
-        **others,
-    )  # fmt: skip
-
-
 def _once(cells: Sequence[CellResult]) -> tuple[list[CellResult], int]:
-    """Each cell once, a finished one before one that is not, whatever folder it was found in."""
+    """Each cell once, a finished one before one that is not, whatever folder it was found in.
+
+    Finished ones are the same where model, mask, rows, seed and settings are; ids alone are names of folders.
+    """
     kept: dict[tuple[object, ...], CellResult] = {}
-    ids = set()
+    known = set()
     for cell in sorted(cells, key=lambda cell: not cell.done):
-        asked = (cell.model, cell.task, cell.mask_key, cell.seed, cell.num_samples)
-        settings = (cell.epochs, cell.batch_size, cell.lr, cell.seq_len, cell.steps, cell.data_sha256)
-        if cell.done or cell.id not in ids:
-            kept.setdefault((*asked, *settings) if cell.done else (cell.id,), cell)
-        ids.add(cell.id)
+        planned = (cell.backbone, cell.id)
+        asked = (cell.backbone, cell.task, cell.mask_key, cell.seed, cell.num_samples)
+        settings = (getattr(cell, name) for name in SETTINGS)
+        if cell.done or planned not in known:
+            kept.setdefault((*asked, *settings) if cell.done else planned, cell)
+        known.add(planned)
     return list(kept.values()), len(cells) - len(kept)
+
+
+def _with_models(cells: Sequence[CellResult]) -> list[CellResult]:
+    """Cells that know their theta_0: those without a result from others of the same plan, or all others, of its name.
+
+    Where these are not all of one, it stays unknown.
+    """
+    found: dict[tuple[Path | None, str], set[str]] = {}
+    for cell in cells:
+        for where in (cell.path.parent.parent, None):
+            if cell.model_sha256:
+                found.setdefault((where, cell.model), set()).add(cell.model_sha256)
+    answer = []
+    for cell in cells:
+        near = found.get((cell.path.parent.parent, cell.model)) or found.get((None, cell.model)) or set()
+        known = cell.model_sha256 or (min(near) if len(near) == 1 else None)
+        answer.append(replace(cell, model_sha256=known))
+    return answer
 
 
 def _with_origins(cells: Sequence[CellResult], origins: Origins) -> list[CellResult]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from finemask_ds.errors import abbreviated
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult, Collection
+from finemask_ds.report.cells import CellResult, differing
+from finemask_ds.report.collect import Collection
 from finemask_ds.report.figures import Drawing, draw_all, title_of
 from finemask_ds.report.tables import (
     Group,
@@ -23,6 +25,7 @@ from finemask_ds.report.tables import (
     name_of,
     other_metrics,
 )
+from finemask_ds.report.variants import with_variants
 from finemask_ds.units import duration
 
 
@@ -31,6 +34,7 @@ class Part:
     """What there is of one backbone."""
 
     model: str
+    """As it is called; in brackets which, where that is not its name alone."""
     cells: tuple[CellResult, ...]
     sheets: tuple[Sheet, ...]
     """The scores, sparsity by sparsity."""
@@ -59,20 +63,47 @@ class Content:
 def put_together(collection: Collection, out: Path) -> Content:
     """Tables, figures and facts of what was collected, for a report in the folder ``out``."""
     by_model = cells_by_model(collection)
-    parts = tuple(_part(cells, f"m{index}-" if index else "") for index, cells in enumerate(by_model.values()))
+    parts = tuple(
+        _part(model, cells, f"m{index}-" if index else "") for index, (model, cells) in enumerate(by_model.items())
+    )
     unfinished = tuple(cell for part in parts for cell in part.cells if not cell.done)
-    return Content(tuple(facts(collection)), tuple(cautions(parts)), collection.left_out, parts, unfinished, out)
+    careful = tuple(sentence for part in parts for sentence in cautions(part.groups))
+    careful = (*_names_of_many(collection.cells), *careful)
+    return Content(tuple(facts(collection)), careful, collection.left_out, parts, unfinished, out)
 
 
 def cells_by_model(collection: Collection) -> dict[str, list[CellResult]]:
-    """The cells of each backbone, which are never averaged with those of another; models by name."""
-    by_model: dict[str, list[CellResult]] = {}
-    for cell in statistic.with_variants(collection.cells):
-        by_model.setdefault(cell.model, []).append(cell)
+    """The cells of each backbone, which are never averaged with those of another; models by name.
+
+    One of several names has them all; of several under one name the first figures of their hashes are told.
+    """
+    by_backbone: dict[str, list[CellResult]] = {}
+    for cell in with_variants(collection.cells):
+        by_backbone.setdefault(cell.backbone, []).append(cell)
+    names = {backbone: abbreviated(sorted({cell.model for cell in cells})) for backbone, cells in by_backbone.items()}
+    by_model = {}
+    for backbone, cells in by_backbone.items():
+        name, alone = names[backbone], list(names.values()).count(names[backbone]) == 1
+        by_model[name if alone else f"{name} ({_weights(cells[0].model_sha256)})"] = cells
     return dict(sorted(by_model.items()))
 
 
-def _part(cells: Sequence[CellResult], prefix: str) -> Part:
+def _names_of_many(cells: Iterable[CellResult]) -> Iterator[str]:
+    """A sentence for each name that stands for several backbones."""
+    found: dict[str, set[str | None]] = {}
+    for cell in cells:
+        found.setdefault(cell.model, set()).add(cell.model_sha256)
+    for name, hashes in sorted(found.items()):
+        if len(hashes) > 1:
+            listed = ", ".join(sorted(map(_weights, hashes)))
+            yield f"{name} is not one model in all cells: {listed}. Each is reported by itself."
+
+
+def _weights(sha256: str | None) -> str:
+    return f"weights {sha256[:12]}" if sha256 else "weights not recorded"
+
+
+def _part(model: str, cells: Sequence[CellResult], prefix: str) -> Part:
     groups = Groups(prefix)
     sheets, details = [], []
     for sparsity in statistic.sparsities(cells):
@@ -88,25 +119,21 @@ def _part(cells: Sequence[CellResult], prefix: str) -> Part:
     masks = mask_sheet(cells, groups)
     details += [masks] if masks else []
     drawings = tuple(replace(drawing, name=prefix + drawing.name) for drawing in draw_all(cells))
-    return Part(cells[0].model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
+    return Part(model, tuple(cells), tuple(sheets), tuple(details), drawings, tuple(groups.found.values()))
 
 
-def cautions(parts: Iterable[Part]) -> Iterator[str]:
+def cautions(groups: Iterable[Group]) -> Iterator[str]:
     """Sentences about numbers that average over cells that are not alike, and about undefined scores."""
-    names = ("steps", "batch_size", "lr", "seq_len", "data_sha256", "dev_rows")
-    for part in parts:
-        differing: dict[tuple[str, ...], list[str]] = {}
-        for group in part.groups:
-            done = [cell for cell in group.cells if cell.done]
-            found = tuple(name for name in names if len({getattr(cell, name) for cell in done}) > 1)
-            if found:
-                differing.setdefault(found, []).append(group.title)
-            reasons = dict.fromkeys(cell.undefined or "no reason given" for cell in done if cell.score is None)
-            if reasons:
-                yield f"{group.title}: a score is undefined ({'; '.join(reasons)}) and counts 0."
-        for found, titles in differing.items():
-            more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
-            yield f"Cells that differ in {', '.join(found)} are averaged in: {'; '.join(titles[:3])}{more}."
+    unlike: dict[tuple[str, ...], list[str]] = {}
+    for group in groups:
+        if found := differing(group.cells):
+            unlike.setdefault(found, []).append(group.title)
+        undefined = [cell for cell in group.cells if cell.done and cell.score is None]
+        if reasons := dict.fromkeys(cell.undefined or "no reason given" for cell in undefined):
+            yield f"{group.title}: a score is undefined ({'; '.join(reasons)}) and counts 0."
+    for found, titles in unlike.items():
+        more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
+        yield f"Cells that differ in {', '.join(found)} are averaged in: {'; '.join(titles[:3])}{more}."
 
 
 def facts(collection: Collection) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -11,7 +11,7 @@ import numpy
 
 from finemask_ds.data.tasks import TASKS
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.scores import Board, Score, method_key
 from finemask_ds.report.style import INK, Look, blank, legend, looks, panels, style, whole_ticks, wrap
 
@@ -81,8 +81,9 @@ def against_sparsity(cells: Sequence[CellResult]) -> Drawing:
 
 
 _CAPTION_3 = (
-    "Mean over masks of the mean over fine-tuning seeds; bands are one standard deviation (over masks, or over seeds "
-    "where a method has a single mask); a line is broken where cells are missing. As Figure 3 of TAMT."
+    "Mean over masks of the mean over fine-tuning seeds; bands, and bars at points that stand alone, are one standard "
+    "deviation (over masks, or over seeds where a method has a single mask); a line is broken where cells are missing. "
+    "As Figure 3 of TAMT."
 )
 
 
@@ -94,7 +95,8 @@ def _over_sparsities(
         points = [(100 * board.sparsity, found(board, method)) for board in boards]
         means = [(x, one.mean if one else None, one.sd if one else None) for x, one in points]
         if method == "full":
-            _level(panel, means[0][1])
+            # The same at every sparsity, but there only where masks were fine-tuned on the task.
+            _level(panel, next((mean for _, mean, _ in means if mean is not None), None))
         elif any(mean is not None for _, mean, _ in means):
             _line(panel, means, chosen[method])
     panel.set_xlabel("sparsity (%)")
@@ -102,13 +104,20 @@ def _over_sparsities(
 
 
 def _line(panel: Axes, points: Sequence[tuple[float, float | None, float | None]], look: Look) -> None:
-    """A line with markers and a band of one standard deviation, broken where there is no mean; drawn x 100."""
+    """A line with markers and a band of one standard deviation, broken where there is no mean; drawn x 100.
+
+    A point without neighbours, which a band cannot show, has an error bar.
+    """
     if not points:
         return
     drawn = [(x, math.nan if mean is None else 100 * mean, 100 * (sd or 0.0)) for x, mean, sd in points]
     x, y, sd = numpy.array(sorted(drawn)).T
     panel.plot(x, y, color=look.colour, marker=look.marker, linestyle=look.line)
     panel.fill_between(x, y - sd, y + sd, color=look.colour, alpha=0.15, linewidth=0)
+    there = numpy.pad(~numpy.isnan(y), 1)
+    alone = there[1:-1] & ~there[:-2] & ~there[2:] & (sd > 0)
+    if alone.any():
+        panel.errorbar(x[alone], y[alone], yerr=sd[alone], fmt="none", ecolor=look.colour, elinewidth=1.2, capsize=3)
 
 
 def _level(panel: Axes, mean: float | None) -> None:
@@ -170,8 +179,8 @@ def scarcity(cells: Sequence[CellResult], sparsity: float) -> Drawing:
             _log_ticks(panel, sorted({_rows(s) for s in found}))
             panel.set(title=title_of(task), xlabel="training samples", ylabel=metric_of(cells, task))
         legend(figure, methods, chosen)
-    return Drawing(name, title, "The axis of samples is logarithmic; bands are one standard deviation. As Figure 9 of "
-                   "TAMT.", figure)  # fmt: skip
+    return Drawing(name, title, "The axis of samples is logarithmic; bands, and bars at points that stand alone, are "
+                   "one standard deviation. As Figure 9 of TAMT.", figure)  # fmt: skip
 
 
 def _rows(score: Score) -> float:

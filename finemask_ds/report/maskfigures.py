@@ -9,7 +9,7 @@ import numpy
 
 from finemask_ds.errors import UserError
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.figures import Drawing, percent, title_of
 from finemask_ds.report.heatmap import heatmap
 from finemask_ds.report.origins import find_mask

@@ -13,8 +13,10 @@ from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
 from finemask_ds.run import Run, file_sha256, read_json
 
-_NOT_SETTINGS = VOLATILE | {"method", "config_version", "seed", "sparsity", "steps", "schedule_steps", "interval_steps"}
-"""Knobs in which masks of one method may differ: by these it is varied, and they are axes of the figures."""
+_NOT_SETTINGS = VOLATILE | {"method", "config_version", "model", "seed", "sparsity", "steps", "schedule_steps",
+                            "interval_steps"}  # fmt: skip
+"""Knobs in which masks of one method may differ: by these it is varied, and they are axes of the figures; the model is
+told by its weights, whatever its name."""
 
 
 @dataclass(frozen=True)

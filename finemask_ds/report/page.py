@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.content import Content, Part
 from finemask_ds.report.figures import Drawing, title_of
 from finemask_ds.report.style import to_svg

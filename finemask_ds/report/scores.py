@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from finemask_ds.data.tasks import PAPER_TASKS, TASKS
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 
 METHODS = ("full", "tamt-mlm+kd", "tamt-mlm", "tamt-kd", "imp", "reconstruction", "omp", "random")
 """The order of the rows; others follow by name."""
@@ -141,30 +141,13 @@ def method_key(method: str) -> tuple[int, str]:
 
 
 def base_method(method: str) -> str:
-    """The method without the settings that ``with_variants`` adds."""
+    """The method without what `variants.with_variants` adds."""
     return method.partition(" (")[0]
 
 
 def task_key(task: str) -> tuple[int, str]:
     """What tasks are sorted by: the paper's order, then the table's, then by name."""
     return _TASK_ORDER.index(task) if task in _TASK_ORDER else len(_TASK_ORDER), task
-
-
-def with_variants(cells: Sequence[CellResult]) -> list[CellResult]:
-    """Cells whose method is named with those settings in which its searches differ, as ``tamt-kd (init random)``.
-
-    Masks found with other rates or another initialisation are not seeds of one method and are never averaged.
-    """
-    values: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for cell in cells:
-        for name, value in cell.origin.settings if cell.origin else ():
-            values.setdefault((cell.model, cell.method), {}).setdefault(name, set()).add(value)
-    answer = []
-    for cell in cells:
-        differing = {k for k, found in values.get((cell.model, cell.method), {}).items() if len(found) > 1}
-        words = [f"{k} {v}" for k, v in (cell.origin.settings if cell.origin else ()) if k in differing]
-        answer.append(replace(cell, method=f"{cell.method} ({', '.join(words)})" if words else cell.method))
-    return answer
 
 
 def final(cells: Sequence[CellResult]) -> list[CellResult]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.scores import base_method, method_key
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
+from finemask_ds.report.cells import CellResult
 from finemask_ds.report.figures import percent, title_of, unit_of
 from finemask_ds.report.scores import Average, Board, MaskPoint, Score, Spread
 

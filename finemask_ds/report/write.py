@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult, collect
-from finemask_ds.report.content import cells_by_model, put_together
+from finemask_ds.report.cells import CellResult
+from finemask_ds.report.collect import collect
+from finemask_ds.report.content import Part, cautions, cells_by_model, put_together
 from finemask_ds.report.heatmap import save_png
 from finemask_ds.report.page import html, markdown_text
 from finemask_ds.report.style import style
@@ -47,7 +48,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, l
     content = put_together(collection, out)
     cells = [cell for part in content.parts for cell in part.cells]
     _write_csv(out / "cells.csv", [_cell_fields(cell, content.link(cell.path)) for cell in cells], _cell_names())
-    _write_csv(out / "scores.csv", list(_score_rows(cells)), _SCORE_NAMES)
+    _write_csv(out / "scores.csv", list(_score_rows(content.parts)), _SCORE_NAMES)
     kept = set()
     for part in content.parts:
         for drawing in part.drawings:
@@ -66,19 +67,22 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, l
 
 
 def score_tables(runs: Sequence[Path]) -> str:
-    """The tables of scores alone, aligned for a terminal; the numbers are the report's.
+    """The tables of scores, aligned for a terminal, and what is to be read with care; the numbers are the report's.
 
     Raises:
         UserError: where nothing is found.
     """
     lines = []
     for model, cells in cells_by_model(collect(runs)).items():
+        groups = Groups("")
         for sparsity in statistic.sparsities(cells):
-            sheet = main_sheet(statistic.board(cells, sparsity), Groups(""))
+            sheet = main_sheet(statistic.board(cells, sparsity), groups)
             rows = [
                 [name, *(f"{e.text} ({e.small})" if e.small else e.text for e in found)] for name, found in sheet.rows
             ]
             lines += [f"{sheet.title} ({model})", aligned(sheet.header, rows), ""]
+        if careful := list(cautions(groups.found.values())):
+            lines += [*careful, ""]
     return "\n".join(lines)
 
 
@@ -96,16 +100,13 @@ _SCORE_NAMES = ["model", "method", "sparsity", "search_steps", "task", "metric",
                 "over", "cells_done", "cells_planned", "undefined"]  # fmt: skip
 
 
-def _score_rows(cells: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
-    by_model: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        by_model.setdefault(cell.model, []).append(cell)
-    for model, group in by_model.items():
-        for score in statistic.scores(group):
+def _score_rows(parts: Iterable[Part]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        for score in statistic.scores(part.cells):
             row = {name: getattr(score, name) for name in _SCORE_NAMES if hasattr(score, name)}
             metric = next((cell.metric for cell in score.cells if cell.metric), "")
             counts = {"cells_done": score.done, "cells_planned": len(score.cells)}
-            yield {**row, "model": model, "metric": metric, **counts, "undefined": "; ".join(score.undefined)}
+            yield {**row, "model": part.model, "metric": metric, **counts, "undefined": "; ".join(score.undefined)}
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

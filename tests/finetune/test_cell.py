@@ -24,11 +24,12 @@ from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.cell import measure_cell, run_cell
 from finemask_ds.finetune.evaluate import Split
-from finemask_ds.finetune.give import write_predictions
+from finemask_ds.finetune.give import model_card, write_predictions
 from finemask_ds.finetune.job import with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.report.cells import SETTINGS
 from finemask_ds.run import Run, read_json
 from finemask_ds.signals import Interrupted, Interruption
 from tests.conftest import REPOSITORY
@@ -59,6 +60,7 @@ def test_every_kind_of_task_ends_in_a_whole_result(
     result = cell(toy_bert, toy_tasks, tmp_path / "run", task, mask=str(toy_mask))
     assert read_json(tmp_path / "run/result.json") == {key: result[key] for key in result if key != "run"}
     assert result["task"] == task
+    assert set(SETTINGS) - {"train_sha256", "data_sha256"} <= result.keys()
     assert result["train_rows"] == (24 if task == "squad" else 48)
     assert result["dev_rows"] == result["train_rows"]
     assert result["metric"] == next(iter(result["metrics"]))
@@ -278,6 +280,26 @@ def test_the_subnetwork_is_given_away_with_its_zeros(
         assert [line.split("\t")[1] for line in lines] == again
     assert result["best_step"] in (3, 6)
     assert not run.joinpath("best").exists()
+
+
+def test_the_card_names_a_model_of_the_hub_in_full_and_a_local_folder_by_its_name(
+    toy_bert: Path, toy_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import ModelCard
+
+    result = cell(toy_bert, toy_tasks, tmp_path / "run", save_model=str(tmp_path / "model"))
+    text = (tmp_path / "model/README.md").read_text()
+    assert f"fine-tuned from {toy_bert.name} on" in text
+    assert str(toy_bert.parent) not in text
+    assert ModelCard(text).data.base_model is None
+    monkeypatch.chdir(toy_bert)
+    for name, base_model in (
+        ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("bert-base-uncased", "bert-base-uncased"), ("builtin", None), (".", None),
+    ):  # fmt: skip
+        card = model_card(task_named("cola"), {**result, "model": name})
+        assert ModelCard(card).data.base_model == base_model
+        assert f"fine-tuned from {base_model or name.replace('.', toy_bert.name)} on" in card
 
 
 def test_the_same_command_knows_its_own_files_again(

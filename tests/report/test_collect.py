@@ -44,6 +44,32 @@ def test_any_mix_of_folders_counts_each_cell_once(tmp_path):
     assert (len(again.cells), again.duplicates) == (len(found.cells), 1)
 
 
+def test_cells_of_other_settings_are_no_duplicates(tmp_path):
+    """A folder keeps the cells of the sweep before, which had another rate or other rows of the same names."""
+    fakes = Fakes(tmp_path)
+    same = {"warmup_steps": 0, "eval_every": 50, "mixed_precision": "no", "dropout": None, "weight_decay": 0.0,
+            "max_grad_norm": 1.0}  # fmt: skip
+    others = {"warmup_steps": 300, "eval_every": 0, "mixed_precision": "bf16", "dropout": 0.0, "weight_decay": 0.1,
+              "max_grad_norm": 0.0, "model_sha256": "dd", "data_sha256": {"train": "ee", "dev": "cc"}}  # fmt: skip
+    fakes.cell("mrpc", **same)
+    for name, value in others.items():
+        fakes.cell("mrpc", **{**same, name: value})
+    found = collect([tmp_path])
+    assert (len(found.cells), found.duplicates) == (1 + len(others), 0)
+
+
+@pytest.mark.parametrize("place", [".", "attempt-2"])
+def test_an_older_result_has_the_knobs_of_its_config(tmp_path, place):
+    """It does not tell them, and is still the same cell as a result that does."""
+    fakes = Fakes(tmp_path)
+    knobs = {"dropout": 0.3, "weight_decay": 0.01, "max_grad_norm": 0.0}
+    write(fakes.cell("mrpc") / place / "config.json", {"task": "mrpc", **knobs})
+    (old,) = collect([tmp_path]).cells
+    assert {name: getattr(old, name) for name in knobs} == knobs
+    fakes.cell("mrpc", **knobs)
+    assert (len(collect([tmp_path]).cells), collect([tmp_path]).duplicates) == (1, 1)
+
+
 def test_results_copied_from_elsewhere_find_their_searches_by_hash(tmp_path):
     small(tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / "here")
@@ -70,6 +96,20 @@ def test_checkpoints_and_foreign_folders_are_passed_by(tmp_path):
     write(tmp_path / "other" / "result.json", {"kind": "benchmark"})
     write(tmp_path / "others" / "result.json", [1, 2])
     assert (len(collect([tmp_path]).cells), collect([tmp_path]).left_out) == (before, ())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "masks", "tb", "done", "report", "figures"])
+def test_a_folder_of_the_users_may_have_any_name(tmp_path, name):
+    """It is looked into where it is none of a run's, a plan's or a report's own."""
+    small(tmp_path / "elsewhere")
+    cell = next((tmp_path / "elsewhere" / "cells").iterdir())
+    shutil.copytree(cell, tmp_path / "runs" / name / "one")
+    assert [found.id for found in collect([tmp_path / "runs"]).cells] == ["one"]
+    for sign in ("config.json", "result.json", "plan.json", "report.md"):
+        (tmp_path / "runs" / sign).write_text("{}")
+        with pytest.raises(UserError, match="holds no plan, fine-tuning or search"):
+            collect([tmp_path / "runs"])
+        (tmp_path / "runs" / sign).unlink()
 
 
 BROKEN = ("{", "[]", '{"kind": "finetune"}', '{"kind": "finetune", "task": "x", "sparsity": []}', "\x00\xff")

@@ -60,8 +60,31 @@ def test_score_against_sparsity(cells):
 
 def test_the_gap_of_missing_cells_is_not_bridged(cells):
     squad = panels(figures.against_sparsity(cells))[3]
-    (omp,) = [line for line in squad.lines if line.get_color() == looks(cells)["omp"].colour]
+    colour = looks(cells)["omp"].colour
+    (omp,) = [line for line in squad.lines if line.get_color() == colour and line.get_linestyle() != "None"]
     assert numpy.isnan(omp.get_ydata()).tolist() == [False, True]
+
+
+def test_a_point_without_neighbours_has_an_error_bar(cells):
+    """OMP's on SQuAD, whose cells at 70 % are missing; no other."""
+    drawn = panels(figures.against_sparsity(cells))
+    assert [len(axes.containers) for axes in drawn] == [0, 0, 0, 1, 0]
+    _, _, (bars,) = drawn[3].containers[0]
+    score = statistic.board(cells, 0.5).scores["omp", ("squad", 0)]
+    ((_, low), (_, high)) = bars.get_segments()[0]
+    assert (low, high) == pytest.approx((100 * (score.mean - score.sd), 100 * (score.mean + score.sd)))
+
+
+def test_the_full_model_is_drawn_where_the_smallest_sparsity_lacks_the_task(tmp_path):
+    fakes = Fakes(tmp_path)
+    for task, sparsities in {"mrpc": (0.5, 0.7), "cola": (0.7,)}.items():
+        fakes.cell(task, score=0.9)
+        for sparsity in sparsities:
+            path = fakes.search("omp", sparsity, 1)[0]
+            fakes.cell(task, path, method="omp", sparsity=sparsity, mask_seed=1, steps=0)
+    for axes in panels(figures.against_sparsity(collect([tmp_path]).cells)):
+        (level,) = [line for line in axes.lines if line.get_linestyle() == "--" and line.get_marker() == "None"]
+        assert set(level.get_ydata()) == {90.0}
 
 
 def test_bands_are_one_standard_deviation(cells):

@@ -223,11 +223,39 @@ def test_the_same_results_give_the_same_bytes_and_no_other_files(tmp_path):
 def test_two_backbones_are_never_averaged(tmp_path):
     fakes = Fakes(tmp_path)
     for model in ("one", "two"):
-        fakes.cell("mrpc", model=model, score=0.5)
+        fakes.cell("mrpc", model=model, model_sha256=f"of {model}", score=0.5)
     page, _ = write_report([tmp_path])
     assert [row["model"] for row in rows_of(page.parent / "scores.csv")] == ["one", "two"]
     reader = Reader(page.read_text())
     assert len(reader.ids) == len(set(reader.ids))
+    assert "To be read with care" not in page.read_text()
+
+
+def test_a_backbone_is_its_weights_and_not_its_name(tmp_path):
+    """Another under the same name is another; the same in a second place is one, and what is missing is its."""
+    for model, weights, seed in (("theta", "a" * 64, 1), ("theta", "b" * 64, 2), ("other/theta", "b" * 64, 3)):
+        Fakes(tmp_path / str(seed)).cell("mrpc", model=model, model_sha256=weights, seed=seed)
+    fakes = Fakes(tmp_path / "1")
+    fakes.cell("cola", model="theta", seed=1, state="missing")
+    fakes.plan()
+    plan = json.loads((tmp_path / "1/plan.json").read_text())
+    plan["cells"][0]["options"]["model"] = "theta"
+    (tmp_path / "1/plan.json").write_text(json.dumps(plan))
+    page, _ = write_report([tmp_path])
+    found = {(row["model"], row["task"]): (row["cells_done"], row["cells_planned"])
+             for row in rows_of(page.parent / "scores.csv")}  # fmt: skip
+    assert found == {
+        ("other/theta, theta", "mrpc"): ("2", "2"), ("theta", "mrpc"): ("1", "1"), ("theta", "cola"): ("0", "1"),
+    }  # fmt: skip
+    assert "theta is not one model in all cells: weights aaaaaaaaaaaa, weights bbbbbbbbbbbb." in page.read_text()
+
+
+def test_two_backbones_of_one_name_are_called_apart(tmp_path):
+    for weights in ("a" * 64, "b" * 64, None):
+        Fakes(tmp_path / str(weights)[:1]).cell("mrpc", model="theta", model_sha256=weights)
+    titles = [line for line in score_tables([tmp_path]).splitlines() if line.startswith("Scores")]
+    assert titles == [f"Scores of the full model (theta ({weights}))" for weights in (
+        "weights aaaaaaaaaaaa", "weights bbbbbbbbbbbb", "weights not recorded")]  # fmt: skip
 
 
 def test_cells_that_are_not_alike_are_told(tmp_path):
@@ -235,7 +263,30 @@ def test_cells_that_are_not_alike_are_told(tmp_path):
     fakes.cell("mrpc", seed=1)
     fakes.cell("mrpc", seed=2, lr=5e-5)
     page, _ = write_report([tmp_path])
-    assert "Cells that differ in lr are averaged in: full model, MRPC" in page.read_text()
+    sentence = "Cells that differ in lr are averaged in: full model, MRPC"
+    assert sentence in page.read_text()
+    assert sentence in score_tables([tmp_path])
+
+
+def test_a_sweep_with_another_setting_in_the_same_folder_is_told(tmp_path):
+    """All of its cells count, beside those of the sweep before, and the table says so."""
+    fakes = Fakes(tmp_path)
+    for warmup_steps, score in ((0, 0.5), (300, 0.7)):
+        for seed in (1, 2, 3):
+            fakes.cell("mrpc", seed=seed, warmup_steps=warmup_steps, score=score)
+    page, _ = write_report([tmp_path])
+    (row,) = rows_of(page.parent / "scores.csv")
+    assert (float(row["mean"]), int(row["cells_done"])) == (pytest.approx(0.6), 6)
+    assert "Cells that differ in warmup_steps are averaged in: full model, MRPC" in page.read_text()
+
+
+def test_rows_that_the_seed_draws_are_no_other_setting(tmp_path):
+    fakes = Fakes(tmp_path)
+    for seed in (1, 2):
+        fakes.cell("mrpc", seed=seed, num_samples=100, data_sha256={"train": f"of seed {seed}", "dev": "cc"})
+    assert "Cells that differ" not in write_report([tmp_path])[0].read_text()
+    fakes.cell("mrpc", seed=2, num_samples=100, data_sha256={"train": "of other rows", "dev": "cc"})
+    assert "Cells that differ in train_sha256" in write_report([tmp_path])[0].read_text()
 
 
 @pytest.mark.parametrize("kind", ["nothing done", "searches only"])

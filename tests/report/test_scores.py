@@ -7,8 +7,7 @@ import numpy
 import pytest
 
 from finemask_ds.report import scores as statistic
-from finemask_ds.report.collect import CellResult
-from finemask_ds.report.origins import MaskOrigin
+from finemask_ds.report.cells import CellResult
 
 
 def cell(task="mrpc", method="tamt-kd", mask=1, seed=1, score=0.5, sparsity=0.7, steps=200, samples=0, **changes):
@@ -111,15 +110,3 @@ def test_the_order_of_methods_and_tasks():
     board = statistic.board(cells, 0.7)
     assert board.methods == ("full", "tamt-mlm+kd", "tamt-mlm", "tamt-kd", "imp", "omp", "random", "mine")
     assert [task for task, _ in board.columns] == ["mnli", "rte", "squad", "qnli", "zzz"]
-
-
-def test_searches_with_other_settings_are_not_seeds_of_one_method():
-    def found_by(init, mask):
-        settings = (("init", init), ("phi", "0.01"))
-        origin = MaskOrigin(Path("s"), Path("m"), "tamt-kd", mask, 0.7, settings=settings)
-        return cell(mask=f"{init}{mask}", origin=origin)
-
-    cells = [found_by(init, mask) for init in ("binary", "random") for mask in (1, 2)]
-    named = statistic.with_variants([*cells, cell(method="omp")])
-    assert {c.method for c in named} == {"tamt-kd (init binary)", "tamt-kd (init random)", "omp"}
-    assert [score.n for score in statistic.scores(named)] == [2, 2, 1]
