@@ -19,7 +19,6 @@ from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span
 from finemask_ds.engine.shared import at_work_in, hand_out, hosts_without
 from finemask_ds.engine.world import World
-from finemask_ds.errors import UserError
 from finemask_ds.models.families import head_parameters
 from finemask_ds.models.load import Pretrained, new_pretrained, save_pretrained
 from finemask_ds.run import atomic_write, cache_dir, content_hash
@@ -75,30 +74,19 @@ def builtin_model(config: PretrainConfig, world: World) -> Path:
 
 
 def trained_head(setting: Setting) -> dict[str, Tensor] | None:
-    """The MLM head for theta_0 where its checkpoint has none: trained on the frozen encoder, once for each text.
-
-    Raises:
-        UserError: where the objective needs a head and no ``--head_steps`` says how long to train one, or where the
-            checkpoint has a head already.
-    """
-    config, theta0 = setting.search, setting.theta0()
-    if theta0.has_head:
-        if config.head_steps:
-            raise UserError(f"{config.model} has an MLM head already; remove --head_steps {config.head_steps}")
-        return None
+    """The MLM head for theta_0 where its checkpoint has none: trained on the frozen encoder, once for each text."""
+    config = setting.search
     if not config.head_steps:
-        if not config.needs_head:
-            return None
-        raise UserError(
-            f"{config.model} has no MLM head to train with; type --head_steps N to train one first, as 1000"
-        )
+        return None
     head_config = _head_config(config)
     key = content_hash(setting.model_sha256, str(setting.corpus.provenance["key"]), repr(head_config.result_identity()))
     facts = {"data": setting.corpus.provenance, "ranks": setting.world.size}
     run = setting.world.on_first(lambda: open_run(cache_dir() / "heads" / key, head_config, facts))
     with at_work_in(run, setting.world, wait=True):
         if not setting.world.on_first(run.head.exists):
-            values = _train_head(dataclasses.replace(setting, config=head_config, run=run), theta0, head_config)
+            values = _train_head(
+                dataclasses.replace(setting, config=head_config, run=run), setting.theta0(), head_config
+            )
             if setting.world.is_first:
                 with atomic_write(run.head, "wb") as stream:
                     stream.write(save(values))

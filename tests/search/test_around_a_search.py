@@ -20,6 +20,7 @@ from finemask_ds.session import search
 from tests.pool import RankPool
 from tests.search import jobs
 from tests.search.jobs import mask_of
+from tests.toys import write_headless
 
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
@@ -71,6 +72,24 @@ def test_two_searches_in_one_run_directory_are_refused(toy_bert: Path, toy_text:
         assert not Run(tmp_path / "run").mask.exists()
     jobs.find(config)
     assert not Run(tmp_path / "run").lock.exists()
+
+
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_what_is_told_of_a_head_can_be_typed_for_the_same_run_directory(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
+) -> None:
+    headless = write_headless(tmp_path / "headless", toy_bert)
+    for model, wrong, told, right in (
+        (headless, 0, "no MLM head to train with; type --head_steps N", 2),
+        (toy_bert, 2, "an MLM head already; remove --head_steps 2", 0),
+    ):
+        run = tmp_path / f"run-{wrong}"
+        options = {"sparsity": 0.1, **({"steps": 2} if method == "tamt" else {"interval_steps": 2})}
+        with pytest.raises(UserError, match=told):
+            jobs.find(jobs.either(method, run, model, toy_text, head_steps=wrong, **options))
+        assert not run.exists()
+        jobs.find(jobs.either(method, run, model, toy_text, head_steps=right, **options))
+        assert Run(run).mask.exists()
 
 
 def test_hosts_with_other_content_under_the_same_name_are_refused(two_ranks: RankPool) -> None:
