@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs, knob
+from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs, check_warmup, knob
 from finemask_ds.errors import UserError
 
 _TABLE_1 = "TAMT Table 1, by task"
@@ -50,6 +50,8 @@ class CellKnobs(Config):
         super().__post_init__()
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout {self.dropout} must be below 1")
+        if self.steps and self.warmup_steps:
+            check_warmup(self.warmup_steps, self.steps, "--steps")
 
 
 @dataclass(frozen=True, kw_only=True)
