@@ -133,7 +133,7 @@ class ZeroEngine(Engine):
         self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         optimizer = optimizer_for(groups)
         self._norms = GradientNorms(self, optimizer)
-        with silent_output(), known_settings(file):
+        with silent_output(), known_settings(file, self._deepspeed.DeepSpeedConfigError):
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._scaler = DeepSpeedScaler(self.loss_scale)
         self._install_scaler()
