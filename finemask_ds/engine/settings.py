@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from finemask_ds.engine.precision import DTYPES
+from finemask_ds.engine.scaling import LOSS_SCALE_KEYS
 from finemask_ds.errors import UserError
 
 _BLOCKS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "data_types")
@@ -39,6 +40,15 @@ REMOVED = frozenset({
 _INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
+_HONOURED: Mapping[str, tuple[str, ...]] = {
+    "fp16": ("enabled", *LOSS_SCALE_KEYS),
+    "bf16": ("enabled", *LOSS_SCALE_KEYS),
+    "torch_autocast": ("enabled", "dtype"),
+    "data_types": ("grad_accum_dtype",),
+}
+"""Block that DeepSpeed gets made anew -> the keys that are read of the file's."""
+
+
 def read_settings(file: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file as a dict.
 
@@ -62,7 +72,7 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 
 
 def _check_keys(settings: Mapping[str, Any], file: str | Path) -> None:
-    """Refuse keys that would be ignored.
+    """Refuse keys that would be ignored, at the top and in the blocks of which we make our own.
 
     Raises:
         UserError: naming the first one, and the key it is most like.
@@ -73,6 +83,10 @@ def _check_keys(settings: Mapping[str, Any], file: str | Path) -> None:
         raise UserError(f'{file} has "{removed[0]}", which DeepSpeed has removed; remove the key')
     for key in settings:
         _check_key(key, KEYS, str(file))
+    for block, known in _HONOURED.items():
+        for key, value in (settings.get(block) or {}).items():
+            if not _is_off(value):
+                _check_key(key, known, f'{file}, in its "{block}" block,')
 
 
 def _check_key(key: str, known: Collection[str], where: str) -> None:
@@ -80,6 +94,11 @@ def _check_key(key: str, known: Collection[str], where: str) -> None:
         near = difflib.get_close_matches(key, known, n=1)
         instead = f'type "{near[0]}" or ' if near else ""
         raise UserError(f'{where} has "{key}", which would be ignored; {instead}remove the key')
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a value asks for nothing: what is off, or left to us."""
+    return value is False or value in ("auto", None, [])
 
 
 def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:

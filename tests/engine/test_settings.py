@@ -7,7 +7,10 @@ from collections.abc import KeysView
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from finemask_ds.engine.settings import KEYS, REMOVED, read_settings
+from finemask_ds.errors import UserError
 
 
 class Asked(dict[str, Any]):
@@ -39,6 +42,29 @@ def test_the_known_keys_are_those_that_deepspeed_reads() -> None:
     removed = set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert removed == REMOVED
     assert Asked.keys_asked - removed - {"bfloat16", "sequence_parallel_size"} == KEYS
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, '"fp16_master_weights_and_grads", which'),
+        (
+            {"bf16": {"enabled": True, "immediate_grad_update": True}},
+            'in its "bf16" block, has "immediate_grad_update"',
+        ),
+        ({"fp16": {"enabled": True, "initial_scale_powr": 8}}, 'type "initial_scale_power" or remove the key'),
+        ({"bf16": {"enable": True}}, 'has "enable", which would be ignored; type "enabled"'),
+        ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}}, "safe_modules"),
+        ({"data_types": {"param_dtype": "bf16"}}, '"param_dtype"'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_no_key_of_a_block_is_lost_in_silence(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"x\.json.* which would be ignored; .*remove the key$") as caught:
+        read_settings(path)
+    assert sentence in str(caught.value)
 
 
 def test_what_asks_for_nothing_may_stand_in_a_block(tmp_path: Path) -> None:
