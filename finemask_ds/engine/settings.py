@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from finemask_ds.engine.base import Batching
 from finemask_ds.engine.precision import DTYPES
 from finemask_ds.engine.scaling import LOSS_SCALE_KEYS
 from finemask_ds.errors import UserError
@@ -101,17 +102,29 @@ def _is_off(value: Any) -> bool:
     return value is False or value in ("auto", None, [])
 
 
-def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
-    """Refuse a file that fixes another number than the command line's, which is the one source, or asks for less than
-    exact values.
+def numbers_of(batching: Batching, num_ranks: int, max_grad_norm: float) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed key -> (our option, its value): every number that DeepSpeed is told."""
+    batch_size = batching.micro_batch_size * batching.num_micro_batches * num_ranks
+    return {
+        "train_batch_size": ("--batch_size", batch_size),
+        "train_micro_batch_size_per_gpu": ("--micro_batch_size", batching.micro_batch_size),
+        "gradient_accumulation_steps": ("--batch_size / (ranks * --micro_batch_size)", batching.num_micro_batches),
+        "gradient_clipping": ("--max_grad_norm", max_grad_norm),
+    }
+
+
+def check_numbers(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
+    """Refuse a file that fixes another number than the command line's, which is the one source.
+
+    The command's own, that is: what a command trains before its own work (the built-in model) has numbers of its own.
 
     Args:
         settings: the parsed file.
-        ours: DeepSpeed key -> (our option, its value).
+        ours: as of `numbers_of`.
         file: the file's name, for messages.
 
     Raises:
-        UserError: naming both places, or the key and what to do with it.
+        UserError: naming both places.
     """
     for key, (option, value) in ours.items():
         theirs = settings.get(key, "auto")
@@ -119,6 +132,15 @@ def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, An
             raise UserError(
                 f'{file} fixes "{key}" to {theirs} but {option} is {value}; remove the key or type {option} {theirs}'
             )
+
+
+def check_settings(settings: Mapping[str, Any], file: str) -> None:
+    """Refuse a file that has numbers of the training at all where no option is the same, or asks for less than exact
+    values.
+
+    Raises:
+        UserError: naming the key and what to do with it.
+    """
     for key, options in {
         "optimizer": "--lr, --mask_lr, --head_lr and --weight_decay",
         "scheduler": "--schedule_steps",

@@ -19,6 +19,7 @@ from finemask_ds.engine.base import Group
 from finemask_ds.engine.loop import Span
 from finemask_ds.engine.shared import at_work_in, hand_out, hosts_without
 from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
 from finemask_ds.models.families import head_parameters
 from finemask_ds.models.load import Pretrained, new_pretrained, save_pretrained
 from finemask_ds.run import atomic_write, cache_dir, content_hash
@@ -125,10 +126,20 @@ def _head_config(config: SearchConfig) -> HeadConfig:
 
 
 def resolve_model(model: str, world: World, deepspeed: str = "") -> str:
-    """The hub name or folder of a model as typed; ``builtin`` is trained where it is missing, by all ranks."""
+    """The hub name or folder of a model as typed; ``builtin`` is trained where it is missing, by all ranks.
+
+    Raises:
+        UserError: where it is missing and so many ranks cannot train it.
+    """
     if model != "builtin":
         return model
-    return str(builtin_model(PretrainConfig(deepspeed=deepspeed), world))
+    config = PretrainConfig(deepspeed=deepspeed)
+    if config.batch_size % world.size and not world.on_first(builtin_folder(config).exists):
+        raise UserError(
+            f"--model builtin is not made yet, and {world.size} ranks cannot share the {config.batch_size} sequences "
+            "of each of its steps; type python launcher/pretrain.py first"
+        )
+    return str(builtin_model(config, world))
 
 
 def _fresh_builtin(config: PretrainConfig, language: Path) -> Pretrained:

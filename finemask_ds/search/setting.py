@@ -108,7 +108,6 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
         UserError: for anything that is missing or differs between hosts, an MLM head that is missing or one too many,
             a run directory of another configuration, or one that a host does not see.
     """
-    batching_of(config, world)
     pretrained = load_pretrained(model, targets=config.targets, dropout=config.dropout)
     _check_head(config, pretrained)
     corpus = load_blocks(data, pretrained.tokenizer, config.seq_len, max_positions=pretrained.max_positions)
