@@ -153,11 +153,11 @@ def check_tasks(tasks: Sequence[Task], data: str) -> None:
         check_data(task, data, ["train", "dev"])
 
 
-def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
+def check_cells(tasks: Sequence[Task], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
     """Check what the cells of a sweep will need: every task's files, every mask against the backbone.
 
     Args:
-        tasks: names.
+        tasks: of the sweep.
         masks: mask files or run directories.
         data: as ``--data`` of a fine-tuning.
         model: as the user types it.
@@ -166,7 +166,7 @@ def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model:
     Raises:
         UserError: what would end the first cell that needs it.
     """
-    check_tasks([task_named(name, "--tasks") for name in tasks], data)
+    check_tasks(tasks, data)
     if masks:
         downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
         for found in map(MaskFile.read, masks):
