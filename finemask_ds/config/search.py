@@ -115,7 +115,8 @@ class SearchConfig(DispatchKnobs, TrainingConfig):
                          choices=("no", *EXECUTORS))  # fmt: skip
     tasks: tuple[str, ...] = knob((), "tasks of --dispatch; default the paper's seven, or all built-in ones with "
                                   "--model builtin", source="TAMT 4.1.2")  # fmt: skip
-    task_data: str = knob("", "GLUE root of --dispatch; empty: the hub, for built-in tasks 'builtin'")
+    task_data: str = knob("", "GLUE root of --dispatch, with SQuAD's two files in squad/ inside it; empty: the hub, "
+                          "for built-in tasks 'builtin'")  # fmt: skip
     finetune_seeds: tuple[int, ...] = knob((1, 2, 3), "fine-tuning seeds of --dispatch", source="TAMT 4.1.3")
 
     def __post_init__(self) -> None:
