@@ -54,10 +54,11 @@ def sweep(config: SweepConfig) -> str:
     if not config.masks and config.full == "no":
         raise UserError("there is nothing to fine-tune; type --masks with mask files or run directories of searches")
     config, root = with_model(config, config.masks), Path(config.run)
-    tasks = config.tasks or default_tasks(config.model)
+    tasks = [task_named(name, "--tasks") for name in config.tasks or default_tasks(config.model)]
     cells = sweep_of(
-        config.masks, tasks, config.seeds, config.num_samples, with_full=config.full == "yes", **config.shared_options()
-    )
+        config.masks, [task.name for task in tasks], config.seeds, config.num_samples,
+        with_full=config.full == "yes", **config.shared_options(),
+    )  # fmt: skip
     check_cells(
         tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
     )

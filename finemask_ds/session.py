@@ -23,7 +23,7 @@ from finemask_ds.config import (
 from finemask_ds.data.sources import find_text
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
-from finemask_ds.engine.settings import read_settings
+from finemask_ds.engine.settings import check_numbers, numbers_of, read_settings
 from finemask_ds.engine.shared import at_work_in
 from finemask_ds.engine.termination import Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
@@ -34,7 +34,7 @@ from finemask_ds.search import imp, magnitude, tamt
 from finemask_ds.search.conclude import conclude
 from finemask_ds.search.dense import builtin_corpus, builtin_model, resolve_model, trained_head
 from finemask_ds.search.outcome import Outcome
-from finemask_ds.search.setting import Setting, open_setting
+from finemask_ds.search.setting import Setting, batching_of, open_setting
 from finemask_ds.signals import Interrupted
 
 C = TypeVar("C", bound=Config)
@@ -63,7 +63,7 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     if world is None:
         with ranks_of(config) as world:
             return search(config, world)
-    world.on_first(lambda: _look_before(config))
+    world.on_first(lambda: _look_before(config, world))
     model, data = (
         resolve_model(config.model, world, config.deepspeed),
         str(builtin_corpus()) if config.data == "builtin" else config.data,
@@ -77,16 +77,19 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     return {**done, "run": str(setting.run.folder)}
 
 
-def _look_before(config: SearchConfig) -> None:
-    """Refuse what is missing before minutes are spent on what is there.
+def _look_before(config: TrainingConfig, world: World) -> None:
+    """Refuse what is missing, and numbers that do not fit together, before minutes are spent on what is there.
 
     Raises:
-        UserError: where the text or the DeepSpeed file is not to be found.
+        UserError: where the text or the DeepSpeed file is not to be found, the ranks cannot share a step's sequences,
+            or the file fixes another number than the command line.
     """
+    batching = batching_of(config, world)
     if config.data != "builtin":
         find_text(config.data)
     if config.deepspeed:
-        read_settings(config.deepspeed)
+        ours = numbers_of(batching, world.size, config.max_grad_norm)
+        check_numbers(read_settings(config.deepspeed), ours, config.deepspeed)
 
 
 @contextlib.contextmanager
@@ -114,6 +117,7 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
 def pretrain(config: PretrainConfig) -> str:
     """Make the built-in model where it is missing; its folder."""
     with ranks_of(config) as world:
+        world.on_first(lambda: _look_before(config, world))
         return str(builtin_model(config, world))
 
 

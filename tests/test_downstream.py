@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from finemask_ds.config import TamtRecipeConfig
+from finemask_ds.config import SweepConfig, TamtRecipeConfig
 from finemask_ds.dispatch.plan import Plan
-from finemask_ds.downstream import search_then_sweep
+from finemask_ds.downstream import search_then_sweep, sweep
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
@@ -58,6 +58,11 @@ def test_a_sweep_ends_in_a_page_and_a_second_call_runs_nothing(
     assert "<table" in (tmp_path / "s/report/index.html").read_text()
     assert "full" in again.stdout
     assert "random" in again.stdout
+
+
+def test_an_unknown_task_of_a_sweep_is_told_by_the_option_that_sweeps_have() -> None:
+    with pytest.raises(UserError, match=r"^--tasks 'mrpc,cola' is unknown; type one of cola, "):
+        sweep(SweepConfig(tasks=("mrpc,cola",)))
 
 
 @pytest.mark.slow

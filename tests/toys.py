@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -51,6 +52,14 @@ def write_bert(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0
 
         model.bert.pooler = BertPooler(config)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_headless(folder: Path, model: Path) -> Path:
+    """The encoder of a BERT by itself, without its MLM head."""
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    BertForMaskedLM.from_pretrained(model).bert.save_pretrained(folder)
     return folder
 
 

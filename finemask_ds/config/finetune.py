@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs, knob
+from finemask_ds.config.knobs import EXECUTORS, VOLATILE, Config, DispatchKnobs, check_warmup, knob
 from finemask_ds.errors import UserError
 
-_TABLE_1 = "TAMT Table 1, by task"
+_TABLE_1 = "TAMT Table 1 for its seven tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,8 @@ class CellKnobs(Config):
 
     model: str = knob("", "hub name, folder, or 'builtin'; empty: the model of the (first) mask, bert-base-uncased "
                       "without one", source="TAMT 4.1.1")  # fmt: skip
-    data: str = knob("", "GLUE root, task folder, 'hub' or 'builtin'; empty: the hub, for a built-in task 'builtin'")
+    data: str = knob("", "GLUE root (with SQuAD's two files in squad/ inside it, which the download has not), task "
+                     "folder, 'hub' or 'builtin'; empty: the hub, for a built-in task 'builtin'")  # fmt: skip
     epochs: int | None = knob(None, "times through the training rows; default by task", source=_TABLE_1, least=1)
     steps: int | None = knob(None, "optimizer steps, in place of --epochs", unit="steps", least=1)
     batch_size: int | None = knob(None, "rows (windows of a long context) per optimizer step; default by task",
@@ -50,6 +51,8 @@ class CellKnobs(Config):
         super().__post_init__()
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout {self.dropout} must be below 1")
+        if self.steps and self.warmup_steps:
+            check_warmup(self.warmup_steps, self.steps, "--steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,19 @@ def check_schedule(schedule_steps: int, num_steps: int, option: str) -> None:
         )
 
 
+def check_warmup(warmup_steps: int, num_steps: int, option: str) -> None:
+    """Refuse a rise of the rate that lasts as long as the training.
+
+    Raises:
+        UserError: naming the option that says how long the training is.
+    """
+    if 0 < num_steps <= warmup_steps:
+        raise UserError(
+            f"--warmup_steps {warmup_steps} would let the rate never reach its peak; type less than the {num_steps} "
+            f"steps of {option}"
+        )
+
+
 EXECUTORS = ("local", "slurm", "ray", "elsewhere")
 """Where the cells of a plan can run."""
 

@@ -17,7 +17,8 @@ class TamtRecipeConfig(Config):
     run: str = knob("runs/tamt", "folder of the searches, the plan of cells and the report")
     model: str = knob("bert-base-uncased", "hub name, folder, or 'builtin'", source="TAMT 4.1.1")
     data: str = knob("wikitext-103", "text to search on, as of launcher/tamt.py", source="TAMT 4.1.2")
-    task_data: str = knob("", "GLUE root; empty: the hub, for built-in tasks 'builtin'")
+    task_data: str = knob("", "GLUE root, with SQuAD's two files in squad/ inside it; empty: the hub, for built-in "
+                          "tasks 'builtin'")  # fmt: skip
     sparsities: tuple[float, ...] = knob((0.5, 0.6, 0.7, 0.8, 0.9), "shares to remove", source="TAMT Figure 3")
     methods: tuple[str, ...] = knob(METHODS, "of random, omp, imp, tamt-mlm, tamt-kd, tamt-mlm+kd", source="TAMT 4.1.2")
     tasks: tuple[str, ...] = knob((), "tasks; default the paper's seven, or all built-in ones with --model builtin",

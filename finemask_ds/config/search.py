@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finemask_ds.config.knobs import EXECUTORS, Config, DispatchKnobs, check_schedule, knob
+from finemask_ds.config.knobs import EXECUTORS, Config, DispatchKnobs, check_schedule, check_warmup, knob
 from finemask_ds.errors import UserError
 
 TABLE_2_STEPS = {
@@ -105,10 +105,7 @@ class SearchConfig(DispatchKnobs, TrainingConfig):
                         "with --scope global)",
                         source="TAMT 3.2", choices=("paper", "authors", "bert-tickets"))  # fmt: skip
     scope: str = knob(
-        "local",
-        "rank inside each matrix or over all of them",
-        source="TAMT 3.4.2",
-        choices=("local", "global"),
+        "local", "rank inside each matrix or over all of them", source="TAMT 3.4.2", choices=("local", "global")
     )
     head_lr: float = knob(5e-5, "peak learning rate of the MLM head (transform and bias)", source="TAMT Table 1")
     head_steps: int = knob(0, "for a model without an MLM head: train one on the frozen encoder first", unit="steps")
@@ -118,7 +115,8 @@ class SearchConfig(DispatchKnobs, TrainingConfig):
                          choices=("no", *EXECUTORS))  # fmt: skip
     tasks: tuple[str, ...] = knob((), "tasks of --dispatch; default the paper's seven, or all built-in ones with "
                                   "--model builtin", source="TAMT 4.1.2")  # fmt: skip
-    task_data: str = knob("", "GLUE root of --dispatch; empty: the hub, for built-in tasks 'builtin'")
+    task_data: str = knob("", "GLUE root of --dispatch, with SQuAD's two files in squad/ inside it; empty: the hub, "
+                          "for built-in tasks 'builtin'")  # fmt: skip
     finetune_seeds: tuple[int, ...] = knob((1, 2, 3), "fine-tuning seeds of --dispatch", source="TAMT 4.1.3")
 
     def __post_init__(self) -> None:
@@ -153,12 +151,8 @@ class TamtConfig(SearchConfig):
                       source="TAMT 3.4.2; results/README.md", choices=("local", "global"))  # fmt: skip
     phi: float = knob(0.01, "threshold of the scores at the start", source="TAMT 4.1.3")
     alpha: float = knob(2.0, "kept scores start at alpha * phi", source="TAMT 4.1.3")
-    threshold_every: int = knob(
-        1,
-        "exact selection every so often, a fixed threshold between; the authors: 1000 for MLM, 100 for KD",
-        unit="steps",
-        least=1,
-    )
+    threshold_every: int = knob(1, "exact selection every so often, a fixed threshold between; the authors: 1000 for "
+                                "MLM, 100 for KD", unit="steps", least=1)  # fmt: skip
     keep_every: int = knob(0, "the mask along the search is kept and scored every so often (masks/step-N); 0: never",
                            unit="steps", source="TAMT 4.2.3")  # fmt: skip
     mask_lr: float | None = knob(None, "peak learning rate of the scores; default 5e-5 for mlm and mlm+kd, 2e-5 for kd "
@@ -280,6 +274,11 @@ class PretrainConfig(TrainingConfig):
     lr: float = knob(1e-3, "peak learning rate of the weights")
     steps: int = knob(2500, "optimizer steps", unit="steps")
     warmup_steps: int = knob(250, "steps of the linear rise to the peak rate", unit="steps")
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the base class."""
+        super().__post_init__()
+        check_warmup(self.warmup_steps, self.steps, "--steps")
 
     @property
     def method(self) -> str:

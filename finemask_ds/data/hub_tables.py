@@ -71,11 +71,13 @@ def _rows(task: Task, where: str, target: str) -> Rows:
         numbers = {number: number for number in range(len(task.labels))}
         return Rows(task, where, "row", target, class_reader(numbers, (None, _HIDDEN)), f"0 to {len(task.labels) - 1}")
     if task.kind == "span":
-        return Rows(task, where, "row", target, _answers, "answers, each with the place where it starts")
+        return Rows(task, where, "row", target, _answers, "one or more answers, each with the place where it starts")
     return Rows(task, where, "row", target, score_reader(task), score_words(task))
 
 
 def _answers(field: dict[str, list[Any]]) -> tuple[Answer, ...]:
+    if not field["text"]:
+        raise ValueError("a question without an answer")
     return tuple(Answer(text, start) for text, start in zip(field["text"], field["answer_start"], strict=True))
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finemask_ds.data.tasks import Answer, Examples, contents_sha256
+from finemask_ds.data.tasks import Answer, Examples
 from finemask_ds.errors import UserError
 
 _LAYOUT = (
@@ -22,12 +21,12 @@ def read_squad(path: Path) -> Examples:
     """Read all questions of a file in the order in which they stand there.
 
     Returns:
-        The questions' ids, the questions as `first`, their contexts as `second`, and a tuple of `Answer` each, which
-        may be empty; `targets` is None where no question has an answer.
+        The questions' ids, the questions as `first`, their contexts as `second`, and one or more `Answer` each.
 
     Raises:
         UserError: the file is missing, not JSON, of another layout (which key, where) or of SQuAD v2.0; it has no
-            question or one id twice; or answers do not stand in the context where they should.
+            question or one id twice; a question has no answer; or answers do not stand in the context where they
+            should.
     """
     ids: list[str] = []
     questions: list[str] = []
@@ -45,8 +44,7 @@ def read_squad(path: Path) -> Examples:
     if not ids:
         raise UserError(f"{path} has no questions; {_LAYOUT}")
     _check(path, ids, contexts, targets)
-    examples = Examples(ids, questions, contexts, targets if any(targets) else None, sha256="")
-    return replace(examples, sha256=contents_sha256(examples))
+    return Examples.of(ids, questions, contexts, targets)
 
 
 def squad_predictions(examples: Examples, texts: Sequence[str]) -> dict[str, str]:
@@ -93,12 +91,16 @@ def _of_kind(value: Any, kind: type, where: str) -> Any:
 
 
 def _check(path: Path, ids: Sequence[str], contexts: Sequence[str], targets: Sequence[tuple[Answer, ...]]) -> None:
-    """Refuse ids that are not unique and answers that are elsewhere or nothing but white space."""
+    """Refuse ids that are not unique, no answer, and answers that are elsewhere or nothing but white space."""
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(one for one in ids if one in seen or seen.add(one))  # type: ignore[func-returns-value]
         raise UserError(f"{path} has {len(ids) - len(set(ids))} ids that are not unique, the first {twice!r}; "
                         "give each question an id of its own")  # fmt: skip
+    without = [one for one, answers in zip(ids, targets, strict=True) if not answers]
+    if without:
+        raise UserError(f"{path}: {len(without)} questions have no answer, the first {without[0]!r}; give each one or "
+                        "leave it out (to train and to score, every question needs one)")  # fmt: skip
     wrong = [
         (one, context[max(answer.start, 0) :][: len(answer.text)], answer)
         for one, context, answers in zip(ids, contexts, targets, strict=True)

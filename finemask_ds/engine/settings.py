@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
+from finemask_ds.engine.base import Batching
 from finemask_ds.engine.precision import DTYPES
+from finemask_ds.engine.scaling import LOSS_SCALE_KEYS
 from finemask_ds.errors import UserError
 
 _BLOCKS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "data_types")
+KEYS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor",
+    "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown", "optimizer", "pipeline",
+    "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "steps_per_print", "tensor_parallel",
+    "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb", "weight_quantization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+})  # fmt: skip
+"""What DeepSpeed 0.19.8 reads of a file, in today's spelling; it ignores any other key (tests/engine/test_settings.py).
+"""
+
+REMOVED = frozenset({
+    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
+    "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
+})  # fmt: skip
+"""What it once read, and now refuses."""
+
 _INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
+
+_HONOURED: Mapping[str, tuple[str, ...]] = {
+    "fp16": ("enabled", *LOSS_SCALE_KEYS),
+    "bf16": ("enabled", *LOSS_SCALE_KEYS),
+    "torch_autocast": ("enabled", "dtype"),
+    "data_types": ("grad_accum_dtype",),
+}
+"""Block that DeepSpeed gets made anew -> the keys that are read of the file's."""
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file as a dict.
 
     Raises:
-        UserError: where it is missing, no JSON object, or holds something else where it should hold a block.
+        UserError: where it is missing, no JSON object, holds something else where it should hold a block, or has a key
+            that would be ignored.
     """
     try:
         settings = json.loads(Path(file).read_text())
@@ -35,20 +68,63 @@ def read_settings(file: str | Path) -> dict[str, Any]:
     for key in _BLOCKS:
         if not isinstance(settings.get(key) or {}, dict):
             raise UserError(f'{file} has "{key}": {json.dumps(settings[key])}; it must be a block in braces')
+    _check_keys(settings, file)
     return settings
 
 
-def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
-    """Refuse a file that fixes another number than the command line's, which is the one source, or asks for less than
-    exact values.
+def _check_keys(settings: Mapping[str, Any], file: str | Path) -> None:
+    """Refuse keys that would be ignored, at the top and in the blocks of which we make our own.
+
+    Raises:
+        UserError: naming the first one, and the key it is most like.
+    """
+    if "amp" in settings:
+        raise UserError(f'{file} has an "amp" block; remove it and type "torch_autocast" (as configs/ds/zero2.json)')
+    if removed := [key for key in settings if key in REMOVED]:
+        raise UserError(f'{file} has "{removed[0]}", which DeepSpeed has removed; remove the key')
+    for key in settings:
+        _check_key(key, KEYS, str(file))
+    for block, known in _HONOURED.items():
+        for key, value in (settings.get(block) or {}).items():
+            if not _is_off(value):
+                _check_key(key, known, f'{file}, in its "{block}" block,')
+
+
+def _check_key(key: str, known: Collection[str], where: str) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        instead = f'type "{near[0]}" or ' if near else ""
+        raise UserError(f'{where} has "{key}", which would be ignored; {instead}remove the key')
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a value asks for nothing: what is off, or left to us."""
+    return value is False or value in ("auto", None, [])
+
+
+def numbers_of(batching: Batching, num_ranks: int, max_grad_norm: float) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed key -> (our option, its value): every number that DeepSpeed is told."""
+    batch_size = batching.micro_batch_size * batching.num_micro_batches * num_ranks
+    return {
+        "train_batch_size": ("--batch_size", batch_size),
+        "train_micro_batch_size_per_gpu": ("--micro_batch_size", batching.micro_batch_size),
+        "gradient_accumulation_steps": ("--batch_size / (ranks * --micro_batch_size)", batching.num_micro_batches),
+        "gradient_clipping": ("--max_grad_norm", max_grad_norm),
+    }
+
+
+def check_numbers(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], file: str) -> None:
+    """Refuse a file that fixes another number than the command line's, which is the one source.
+
+    The command's own, that is: what a command trains before its own work (the built-in model) has numbers of its own.
 
     Args:
         settings: the parsed file.
-        ours: DeepSpeed key -> (our option, its value).
+        ours: as of `numbers_of`.
         file: the file's name, for messages.
 
     Raises:
-        UserError: naming both places, or the key and what to do with it.
+        UserError: naming both places.
     """
     for key, (option, value) in ours.items():
         theirs = settings.get(key, "auto")
@@ -56,6 +132,15 @@ def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, An
             raise UserError(
                 f'{file} fixes "{key}" to {theirs} but {option} is {value}; remove the key or type {option} {theirs}'
             )
+
+
+def check_settings(settings: Mapping[str, Any], file: str) -> None:
+    """Refuse a file that has numbers of the training at all where no option is the same, or asks for less than exact
+    values.
+
+    Raises:
+        UserError: naming the key and what to do with it.
+    """
     for key, options in {
         "optimizer": "--lr, --mask_lr, --head_lr and --weight_decay",
         "scheduler": "--schedule_steps",
@@ -67,19 +152,31 @@ def check_settings(settings: Mapping[str, Any], ours: Mapping[str, tuple[str, An
         raise UserError(f"{file} asks for ZeRO stage {json.dumps(stage)}; type 0, 1, 2 or 3")
     if inexact := [key for key in _INEXACT if zero.get(key)]:
         raise UserError(f'{file} has "{inexact[0]}", which would round the scores or theta_0; remove the key')
-    if "amp" in settings:
-        raise UserError(f'{file} has an "amp" block; remove it and type "torch_autocast" (as configs/ds/zero2.json)')
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(block := zero.get(key), dict) and block.get("device") == "nvme":
+            raise UserError(f'{file} has "{key}" to "nvme", from which no checkpoint can be written; type "cpu"')
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f'{file} has "compute_grad_norm": false, but every step needs the norm; remove the key')
+    if (asked := settings.get("gradient_allreduce_op", "mean")) != "mean":
+        raise UserError(f'{file} has "gradient_allreduce_op": {json.dumps(asked)}; type "mean", or remove the key')
 
 
 @contextlib.contextmanager
-def known_settings(file: str) -> Iterator[None]:
-    """Turn DeepSpeed's refusal of a key of the file, or of its value, into a UserError that names it."""
+def known_settings(file: str, refusal: type[Exception]) -> Iterator[None]:
+    """Turn DeepSpeed's refusal of a key of the file, or of its value, into a UserError that names it.
+
+    Args:
+        file: the file's name.
+        refusal: what DeepSpeed itself raises.
+    """
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f'{file}: DeepSpeed refuses "{key}" ({first["msg"]}); mend or remove the key') from error
+    except refusal as error:
+        raise UserError(f"{file}: DeepSpeed refuses a key ({error}); mend or remove it") from error
 
 
 def accumulate_in_fp32(settings: dict[str, Any], file: str) -> None:

@@ -41,6 +41,7 @@ from finemask_ds.engine.settings import (
     accumulate_in_fp32,
     check_settings,
     known_settings,
+    numbers_of,
     read_settings,
     set_communication,
     size_buckets,
@@ -133,7 +134,7 @@ class ZeroEngine(Engine):
         self._deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         optimizer = optimizer_for(groups)
         self._norms = GradientNorms(self, optimizer)
-        with silent_output(), known_settings(file):
+        with silent_output(), known_settings(file, self._deepspeed.DeepSpeedConfigError):
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._scaler = DeepSpeedScaler(self.loss_scale)
         self._install_scaler()
@@ -142,19 +143,10 @@ class ZeroEngine(Engine):
 
     def _resolve(self, settings: dict[str, Any], file: str, as_asked: bool) -> dict[str, Any]:
         """The file with its precision made ours and every number from the command line."""
-        batching, size = self._batching, self.world.size
-        numbers: dict[str, tuple[str, Any]] = {
-            "train_batch_size": ("--batch_size", batching.micro_batch_size * batching.num_micro_batches * size),
-            "train_micro_batch_size_per_gpu": ("--micro_batch_size", batching.micro_batch_size),
-            "gradient_accumulation_steps": (
-                "--batch_size / (ranks * --micro_batch_size)",
-                batching.num_micro_batches,
-            ),
-            "gradient_clipping": ("--max_grad_norm", self._max_grad_norm),
-        }
-        check_settings(settings, numbers, file)
+        check_settings(settings, file)
         settings, self.precision = resolve_precision(settings, self.world.device, file, as_asked=as_asked)
         self.loss_scale = self.precision.loss_scale
+        numbers = numbers_of(self._batching, self.world.size, self._max_grad_norm)
         # Clipping is always written: DeepSpeed's own default is 1.0, not "off".
         settings |= {key: value for key, (_, value) in numbers.items()} | {"steps_per_print": 10**9}
         settings.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from finemask_ds.config import CellKnobs, FinetuneConfig
+from finemask_ds.config.knobs import check_warmup
 from finemask_ds.data.examples import check_data, has_split, load_split
 from finemask_ds.data.features import Features, TaskBatches, class_features
 from finemask_ds.data.tasks import Examples, Task, task_named
@@ -131,6 +132,8 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     num_steps = config.steps or config.epochs * batches.steps_per_epoch
     if config.warmup_steps is None:
         config = replace(config, warmup_steps=round(task.warmup * num_steps))
+    assert config.warmup_steps is not None
+    check_warmup(config.warmup_steps, num_steps, "--steps" if config.steps else "--epochs")
     mismatched = None
     if has_split(task, config.data, "dev_mismatched"):
         mismatched = _split(config, task, downstream, load_split(task, config.data, "dev_mismatched"))
@@ -150,11 +153,11 @@ def check_tasks(tasks: Sequence[Task], data: str) -> None:
         check_data(task, data, ["train", "dev"])
 
 
-def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
+def check_cells(tasks: Sequence[Task], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
     """Check what the cells of a sweep will need: every task's files, every mask against the backbone.
 
     Args:
-        tasks: names.
+        tasks: of the sweep.
         masks: mask files or run directories.
         data: as ``--data`` of a fine-tuning.
         model: as the user types it.
@@ -163,7 +166,7 @@ def check_cells(tasks: Sequence[str], masks: Sequence[str], data: str, *, model:
     Raises:
         UserError: what would end the first cell that needs it.
     """
-    check_tasks([task_named(name, "--tasks") for name in tasks], data)
+    check_tasks(tasks, data)
     if masks:
         downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
         for found in map(MaskFile.read, masks):

@@ -75,30 +75,19 @@ def builtin_model(config: PretrainConfig, world: World) -> Path:
 
 
 def trained_head(setting: Setting) -> dict[str, Tensor] | None:
-    """The MLM head for theta_0 where its checkpoint has none: trained on the frozen encoder, once for each text.
-
-    Raises:
-        UserError: where the objective needs a head and no ``--head_steps`` says how long to train one, or where the
-            checkpoint has a head already.
-    """
-    config, theta0 = setting.search, setting.theta0()
-    if theta0.has_head:
-        if config.head_steps:
-            raise UserError(f"{config.model} has an MLM head already; remove --head_steps {config.head_steps}")
-        return None
+    """The MLM head for theta_0 where its checkpoint has none: trained on the frozen encoder, once for each text."""
+    config = setting.search
     if not config.head_steps:
-        if not config.needs_head:
-            return None
-        raise UserError(
-            f"{config.model} has no MLM head to train with; type --head_steps N to train one first, as 1000"
-        )
+        return None
     head_config = _head_config(config)
     key = content_hash(setting.model_sha256, str(setting.corpus.provenance["key"]), repr(head_config.result_identity()))
     facts = {"data": setting.corpus.provenance, "ranks": setting.world.size}
     run = setting.world.on_first(lambda: open_run(cache_dir() / "heads" / key, head_config, facts))
     with at_work_in(run, setting.world, wait=True):
         if not setting.world.on_first(run.head.exists):
-            values = _train_head(dataclasses.replace(setting, config=head_config, run=run), theta0, head_config)
+            values = _train_head(
+                dataclasses.replace(setting, config=head_config, run=run), setting.theta0(), head_config
+            )
             if setting.world.is_first:
                 with atomic_write(run.head, "wb") as stream:
                     stream.write(save(values))
@@ -137,10 +126,20 @@ def _head_config(config: SearchConfig) -> HeadConfig:
 
 
 def resolve_model(model: str, world: World, deepspeed: str = "") -> str:
-    """The hub name or folder of a model as typed; ``builtin`` is trained where it is missing, by all ranks."""
+    """The hub name or folder of a model as typed; ``builtin`` is trained where it is missing, by all ranks.
+
+    Raises:
+        UserError: where it is missing and so many ranks cannot train it.
+    """
     if model != "builtin":
         return model
-    return str(builtin_model(PretrainConfig(deepspeed=deepspeed), world))
+    config = PretrainConfig(deepspeed=deepspeed)
+    if config.batch_size % world.size and not world.on_first(builtin_folder(config).exists):
+        raise UserError(
+            f"--model builtin is not made yet, and {world.size} ranks cannot share the {config.batch_size} sequences "
+            "of each of its steps; type python launcher/pretrain.py first"
+        )
+    return str(builtin_model(config, world))
 
 
 def _fresh_builtin(config: PretrainConfig, language: Path) -> Pretrained:

@@ -26,6 +26,7 @@ from finemask_ds.engine.shared import check_same, check_shared
 from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.engine.termination import Terminated
 from finemask_ds.engine.world import World
+from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import head_parameters
 from finemask_ds.models.load import Pretrained, load_pretrained
@@ -104,11 +105,11 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
         data: data set or folder for ``config.data``.
 
     Raises:
-        UserError: for anything that is missing or differs between hosts, a run directory of another configuration, or
-            one that a host does not see.
+        UserError: for anything that is missing or differs between hosts, an MLM head that is missing or one too many,
+            a run directory of another configuration, or one that a host does not see.
     """
-    batching_of(config, world)
     pretrained = load_pretrained(model, targets=config.targets, dropout=config.dropout)
+    _check_head(config, pretrained)
     corpus = load_blocks(data, pretrained.tokenizer, config.seq_len, max_positions=pretrained.max_positions)
     tokens = MaskingTokens.from_tokenizer(pretrained.tokenizer)
     model_facts = {"name": config.model, "sha256": pretrained.digest()}
@@ -118,6 +119,21 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
     run = world.on_first(lambda: open_run(Path(config.run) if config.run else None, config, facts))
     check_shared(world, run.folder)
     return Setting(config, world, run, model, model_facts["sha256"], corpus, tokens)
+
+
+def _check_head(config: SearchConfig, theta0: Pretrained) -> None:
+    """Refuse before anything is written, so that the same run directory takes the option that is typed then.
+
+    Raises:
+        UserError: where the objective needs a head and no ``--head_steps`` says how long to train one, or where the
+            checkpoint has a head already.
+    """
+    if theta0.has_head and config.head_steps:
+        raise UserError(f"{config.model} has an MLM head already; remove --head_steps {config.head_steps}")
+    if config.needs_head and not theta0.has_head and not config.head_steps:
+        raise UserError(
+            f"{config.model} has no MLM head to train with; type --head_steps N to train one first, as 1000"
+        )
 
 
 def open_run(folder: Path | None, config: TrainingConfig, facts: Mapping[str, Any]) -> Run:

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from transformers import BertForMaskedLM
 
 from finemask_ds.config import PretrainConfig, SearchConfig
 from finemask_ds.data import once
@@ -25,6 +24,7 @@ from finemask_ds.session import search
 from tests.cluster.hosts import Hosts
 from tests.cluster.ranks import HostRankPool
 from tests.search import jobs
+from tests.toys import write_headless
 
 pytestmark = pytest.mark.slow
 
@@ -105,13 +105,9 @@ def test_a_head_is_trained_once_and_known_on_every_host(
     four: HostRankPool, private: Path, tmp_path: Path, toy_bert: Path, toy_text: Path
 ) -> None:
     """A second search finds it in the first host's cache."""
-    model = BertForMaskedLM.from_pretrained(toy_bert)
-    model.bert.save_pretrained(tmp_path / "headless")
-    for path in toy_bert.glob("*token*"):
-        shutil.copy(path, tmp_path / "headless")
-    shutil.copy(toy_bert / "vocab.txt", tmp_path / "headless")
+    headless = write_headless(tmp_path / "headless", toy_bert)
     apart, again, together = (
-        jobs.tamt(tmp_path / name, tmp_path / "headless", toy_text, 2, steps=3, head_steps=3)
+        jobs.tamt(tmp_path / name, headless, toy_text, 2, steps=3, head_steps=3)
         for name in ("apart", "again", "together")
     )
     found = four.run(in_cache, private, dev_of, apart)

@@ -200,8 +200,12 @@ def test_what_is_wrong_with_a_table_is_a_sentence(tmp_path):
     put("wnli", texts(1, label=[-1]))
     put("rte", texts(200, label=[1] * 199 + [-1]))
     (folders[GLUE] / "qnli" / "validation-00000-of-00001.parquet").write_bytes(b"PAR1 cut short")
+    unanswered = Dataset.from_dict(
+        {"question": ["?"], "context": [CONTEXT], "answers": [{"text": [], "answer_start": []}]}
+    )
+    unanswered.to_parquet(folders[SQUAD] / "plain_text" / "validation-00000-of-00001.parquet")
     (folders[GLUE] / "qqp" / "train-00001-of-00002.parquet").unlink()
-    tasks = ("cola", "sst2", "mrpc", "stsb", "wnli", "qnli", "rte")
+    tasks = ("cola", "sst2", "mrpc", "stsb", "wnli", "qnli", "rte", "squad")
     answers = dict(zip(tasks, ask(*(f"{task}:dev" for task in tasks), home=tmp_path), strict=True))
     for task, parts in {
         "cola": ("has the classes acceptable, unacceptable where CoLA has unacceptable, acceptable",),
@@ -209,6 +213,7 @@ def test_what_is_wrong_with_a_table_is_a_sentence(tmp_path):
         "mrpc": ("validation of nyu-mll/glue:mrpc, row 0: '2' is no label of MRPC; valid are 0 to 1",),
         "stsb": ("row 0: '5.5' is no label of STS-B; valid are numbers from 0 to 5",),
         "wnli": ("1 of 1 rows are unusable", "row 0 has no label"),
+        "squad": ("row 0: \"{'text': [], 'answer_start': []}\" is no answers of SQuAD; valid are one or more answers",),
         "qnli": ("validation-00000-of-00001.parquet cannot be read",),
     }.items():
         for part in parts:

@@ -69,27 +69,6 @@ def test_the_hash_is_of_the_contents_and_not_of_the_file(write):
     assert read_squad(write(moved)).sha256 != plain
 
 
-@pytest.mark.parametrize("answers", [[], None])
-def test_questions_of_a_test_file_have_no_answers(write, answers):
-    def strip(squad: Any) -> None:
-        for article in squad["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    del question["answers"]
-                    if answers is not None:
-                        question["answers"] = answers
-
-    examples = read_squad(write(changed(strip)))
-    assert examples.targets is None
-    assert len(examples) == 3
-
-
-def test_a_file_may_have_some_questions_without_answers(write):
-    examples = read_squad(write(changed(lambda squad: first_question(squad).update(answers=[]))))
-    assert examples.targets is not None
-    assert [len(answers) for answers in examples.targets] == [0, 1, 1]
-
-
 def set_in_first(**values: Any) -> Callable[[Any], None]:
     return lambda squad: first_question(squad).update(values)
 
@@ -119,6 +98,8 @@ def drop(*path: Any) -> Callable[[Any], None]:
         (set_in_first(answers=[{"text": "in Köln", "answer_start": "7"}]), r'"answer_start" is not a whole number'),
         (set_in_first(answers=[{"text": "Z", "answer_start": False}]), r'"answer_start" is not a whole number'),
         (set_in_first(is_impossible=False), r"qas\[0\] has is_impossible, as in SQuAD v2.0; give .* v1.1"),
+        (set_in_first(answers=[]), r"squad.json: 1 questions have no answer, the first 'q1'; give each one or leave"),
+        (drop("data", 1, "paragraphs", 0, "qas", 0, "answers"), r"1 questions have no answer, the first 'q3'"),
         (set_in_first(id="q3"), r"1 ids that are not unique, the first 'q3'"),
         (lambda squad: squad.update(data=[]), r"squad.json has no questions"),
     ],

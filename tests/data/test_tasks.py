@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,6 +122,16 @@ def test_squad_by_its_names_or_by_any_single_file_of_a_split(layout, tmp_path):
     write_squad(folder / "train-more.json")
     assert "several files for the train split of SQuAD: train-more.json, train-sub" in refusal("squad", tmp_path)
     assert not has_split(squad, str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_question_without_an_answer_is_refused_before_anything_starts(split, tmp_path):
+    """SQuAD v2 has such; none can be learnt or scored."""
+    write_squad(tmp_path / "train-v1.1.json")
+    write_squad(tmp_path / "dev-v1.1.json")
+    file = tmp_path / f"{split}-v1.1.json"
+    file.write_text(re.sub(r'"answers": \[.*?\]', '"answers": []', file.read_text()))
+    assert f"{file}: 1 questions have no answer, the first '5a'" in refusal("squad", tmp_path, split)
 
 
 @pytest.mark.parametrize("name", BUILTIN_TASKS)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from finemask_ds.config import FinetuneConfig
+from finemask_ds.config import Config, FinetuneConfig, PretrainConfig, SweepConfig
 from finemask_ds.data.examples import load_split
 from finemask_ds.data.tasks import task_named
 from finemask_ds.engine.world import this_process
@@ -231,14 +231,27 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
         (r"there exists and is not written over; type another --save_model", {"save_model": str(tmp_path / "there")}),
         (r"there exists and is not written over; type another --predict", {"predict": str(tmp_path / "there")}),
         (r"--mixed_precision fp16 needs an accelerator", {"mixed_precision": "fp16"}),
+        (r"--warmup_steps 6 would .*; type less than the 6 steps of --epochs",
+         {"steps": None, "epochs": 1, "warmup_steps": 6}),
         (r"RTE", {"task": "rte"}),
-    ]
+    ]  # fmt: skip
     for sentence, options in cases:
         model = options.pop("model", str(toy_bert))
         with pytest.raises(UserError, match=sentence) as error:
             cell(Path(model), toy_tasks, tmp_path / "run", **options)
         assert "\n" not in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["there"], sentence
+
+
+@pytest.mark.parametrize("command", [FinetuneConfig, SweepConfig, PretrainConfig])
+def test_a_rate_that_would_never_reach_its_peak_is_refused(command: type[Config]) -> None:
+    """Where the steps are typed, before anything is read."""
+    options: dict[str, Any] = {"task": "rte"} if command is FinetuneConfig else {}
+    for warmup in (20, 21):
+        with pytest.raises(UserError, match=f"--warmup_steps {warmup} .* type less than the 20 steps of --steps"):
+            command(steps=20, warmup_steps=warmup, **options)
+    command(steps=20, warmup_steps=19, **options)
+    command(steps=1, warmup_steps=0, **options)
 
 
 def test_another_mask_under_the_same_name_is_refused(

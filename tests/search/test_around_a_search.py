@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
+from finemask_ds.config import PretrainConfig, TamtConfig
 from finemask_ds.engine.shared import check_same
 from finemask_ds.engine.termination import Terminated, Termination
 from finemask_ds.engine.world import World
@@ -14,12 +20,17 @@ from finemask_ds.errors import UserError
 from finemask_ds.lock import Lock
 from finemask_ds.masks.files import load_mask
 from finemask_ds.run import Run
+from finemask_ds.search.dense import builtin_folder
 from finemask_ds.search.selection import EMBEDDING_DENSITY
 from finemask_ds.search.setting import Trainer
 from finemask_ds.session import search
 from tests.pool import RankPool
 from tests.search import jobs
 from tests.search.jobs import mask_of
+from tests.toys import write_headless
+
+SHORT = functools.partial(PretrainConfig, steps=2, warmup_steps=1)
+"""How the built-in model is made here."""
 
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
@@ -71,6 +82,68 @@ def test_two_searches_in_one_run_directory_are_refused(toy_bert: Path, toy_text:
         assert not Run(tmp_path / "run").mask.exists()
     jobs.find(config)
     assert not Run(tmp_path / "run").lock.exists()
+
+
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_what_is_told_of_a_head_can_be_typed_for_the_same_run_directory(
+    toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
+) -> None:
+    headless = write_headless(tmp_path / "headless", toy_bert)
+    for model, wrong, told, right in (
+        (headless, 0, "no MLM head to train with; type --head_steps N", 2),
+        (toy_bert, 2, "an MLM head already; remove --head_steps 2", 0),
+    ):
+        run = tmp_path / f"run-{wrong}"
+        options = {"sparsity": 0.1, **({"steps": 2} if method == "tamt" else {"interval_steps": 2})}
+        with pytest.raises(UserError, match=told):
+            jobs.find(jobs.either(method, run, model, toy_text, head_steps=wrong, **options))
+        assert not run.exists()
+        jobs.find(jobs.either(method, run, model, toy_text, head_steps=right, **options))
+        assert Run(run).mask.exists()
+
+
+def test_ranks_that_cannot_make_the_built_in_model_are_told_who_can(
+    pools: dict[int, RankPool], toy_bert: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    """Three ranks share the search's 48 sequences, not the 16 of a step of the built-in model's training."""
+    asked = (built_in, tmp_path, toy_text, jobs.stage_file(2), {"batch_size": 48})
+    told = pools[3].run(*asked)
+    assert all("type python launcher/pretrain.py first" in one for one in told), told
+    with mock.patch.dict(os.environ, FINEMASK_CACHE=str(tmp_path)):
+        shutil.copytree(toy_bert, builtin_folder(SHORT()))
+    assert pools[3].run(*asked) == ["made"] * 3
+
+
+@pytest.mark.slow
+def test_numbers_of_the_searchs_file_are_none_of_the_built_in_models(
+    two_ranks: RankPool, toy_text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"train_batch_size": 48, "gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}))
+    told = two_ranks.run(built_in, tmp_path, toy_text, str(file), {"batch_size": 16})
+    assert all('fixes "train_batch_size" to 48 but --batch_size is 16' in one for one in told), told
+    told = two_ranks.run(built_in, tmp_path, toy_text, str(file), {"batch_size": 48})
+    assert all('fixes "gradient_clipping" to 0.5 but --max_grad_norm is 1.0' in one for one in told), told
+    assert (
+        two_ranks.run(built_in, tmp_path, toy_text, str(file), {"batch_size": 48, "max_grad_norm": 0.5}) == ["made"] * 2
+    )
+
+
+def built_in(world: World, cache: Path, text: Path, file: str, options: dict[str, Any]) -> str:
+    """What a search on the built-in model says, or ``made`` once it has that model, trained for two steps."""
+    config = TamtConfig(model="builtin", data=str(text), seq_len=16, deepspeed=file, **options)
+    with (
+        mock.patch.dict(os.environ, FINEMASK_CACHE=str(cache)),
+        mock.patch("finemask_ds.search.dense.PretrainConfig", SHORT),
+        mock.patch("finemask_ds.session.open_setting", side_effect=InterruptedError),
+    ):
+        try:
+            search(config, world)
+        except UserError as error:
+            return str(error)
+        except InterruptedError:
+            return "made"
+    return ""
 
 
 def test_hosts_with_other_content_under_the_same_name_are_refused(two_ranks: RankPool) -> None:
