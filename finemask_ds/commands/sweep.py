@@ -43,8 +43,8 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="run no cell, measure what the cells will cost")
 
 
-def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: MeasureCell) -> None:
-    """Pin this process, then work on the plan.
+def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: MeasureCell) -> int:
+    """Pin this process, then work on the plan; its exit code (`dispatch.worker.work`).
 
     Raises:
         UserError: where there is no plan, or its folder cannot be written.
@@ -65,8 +65,8 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
         end_with(arguments.parent)
     if arguments.measure:
         measure(arguments.root, measure_cell)
-    else:
-        work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
+        return 0
+    return work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
 
 
 def cores(text: str) -> tuple[int, ...]:

@@ -47,7 +47,8 @@ def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str
             left unfinished before is over.
 
     Returns:
-        How many results it has left.
+        An exit code: 0 where nothing is free any more, 1 after an error of the program, 128 and the signal's number
+        where it was asked to end, so that whoever starts a worker anew knows whether there is more for it to do.
 
     Raises:
         UserError: where there is no plan or no such cell in it, or its folder cannot be written.
@@ -57,18 +58,16 @@ def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str
         raise UserError(f"--cell {unknown[0]} is not in the plan {root}; finemask status {root} shows it")
     if job:
         end_attempts([plan.folder(cell) for cell in plan.cells if not cells or cell.id in cells], job)
-    results, seen = 0, None
+    seen = None
     with Interruption().watching() as interruption:
         while not interruption.asked:
             seen = survey(Plan.read(root), seen)
             taken = _next(seen, cells, log, job)
             if taken is None:
-                break
-            fit, left = _run(seen.plan, *taken, run_cell, interruption)
-            results += left
-            if not fit:
-                break
-    return results
+                return 0
+            if not _run(seen.plan, *taken, run_cell, interruption) and not interruption.asked:
+                return 1
+    return 128 + interruption.signal
 
 
 def _next(seen: Survey, only: Collection[str], log: str, job: str) -> tuple[Cell, Claim] | None:
@@ -79,8 +78,8 @@ def _next(seen: Survey, only: Collection[str], log: str, job: str) -> tuple[Cell
     return None
 
 
-def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption: Interruption) -> tuple[bool, int]:
-    """Whether this process is fit for another cell, and how many results it has left (0 or 1)."""
+def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption: Interruption) -> bool:
+    """Whether this process is fit for another cell."""
     attempt, start, fit = claimed.attempt, time.monotonic(), True
     with claimed.held(plan.stale_sec):
         try:
@@ -102,7 +101,7 @@ def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption
         published = attempt.publish(cell.task)
     state = "done" if published else "interrupted" if interruption.asked else "failed"
     print(f"{cell.id}: {state} after {time.monotonic() - start:.1f} s", flush=True)
-    return fit, int(published)
+    return fit
 
 
 def _check_mask(cell: Cell) -> None:

@@ -75,7 +75,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     add_worker_arguments(parser)
     try:
-        run_worker(parser.parse_args(), run_cell, measure_cell)
+        sys.exit(run_worker(parser.parse_args(), run_cell, measure_cell))
     except UserError as error:
         print(f"finemask: {error}", file=sys.stderr)
         print(json.dumps(sys.argv), file=sys.stderr)

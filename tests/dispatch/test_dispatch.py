@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from finemask_ds.cli import main
 from finemask_ds.dispatch.attempt import attempts_of
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.survey import State, survey
@@ -109,6 +110,22 @@ def test_a_worker_killed_from_outside_in_mid_cell(tmp_path):
     # What the dispatcher sees first: its child's exit code, or a lock whose process is gone.
     assert failure(plan, "held", 1)["error"].startswith(("the worker was ended by signal 9 (SIGKILL", "the worker on "))
     assert states(plan) == {"held": "done", "other": "done"}
+
+
+def test_a_worker_ends_with_0_only_where_nothing_is_free_any_more(tmp_path):
+    """As Kubernetes starts an index anew unless it ends so."""
+    plan = Plan.write(tmp_path / "plan", [cell("bad", do="fail"), cell("held", do="hold")], retries=0)
+    worker = python("fake_worker.py", plan.root, "--job", "cells-0")
+    worker.communicate(timeout=WAIT_SEC)
+    assert (worker.returncode, states(plan)) == (1, {"bad": "failed", "held": "waiting"})
+    worker = python("fake_worker.py", plan.root, "--job", "cells-0")
+    until(lambda: starts(plan, "held"))
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=WAIT_SEC)
+    assert (worker.returncode, states(plan)) == (128 + signal.SIGTERM, {"bad": "failed", "held": "waiting"})
+    assert main(["worker", str(plan.root)]) == 1, "what the fake cells are told is no option of a real one"
+    assert main(["worker", str(plan.root)]) == 0
+    assert set(states(plan).values()) == {"failed"}
 
 
 @pytest.mark.slow
