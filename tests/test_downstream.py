@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
-from finemask_ds.config import TamtRecipeConfig
+from finemask_ds.config import MagnitudeConfig, TamtRecipeConfig
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.downstream import search_then_sweep
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
+from finemask_ds.options import parse
+from finemask_ds.recipes.stages import run_stages
 from finemask_ds.recipes.tamt import BANDS, plan_of, run_recipe
 from finemask_ds.run import Run, read_json
+from finemask_ds.session import search
 from tests.conftest import REPOSITORY
 from tests.search import jobs
 from tests.test_launchers import deepspeed, leaks, python, start
@@ -182,6 +185,28 @@ def test_a_recipe_looks_at_all_of_its_stages_before_the_first(
     with pytest.raises(UserError, match=sentence):
         run_recipe(TamtRecipeConfig(run=str(tmp_path / "r"), model="builtin", data="builtin", **more))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_recipe_refuses_what_was_searched_with_other_options(
+    toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path
+) -> None:
+    """Though its folder has the same name; where only what is volatile differs it is done."""
+    root, more = tmp_path / "r", "--seq_len 16 --batch_size 8 --eval_every 0"
+    folder, shared = root / "omp-s0.5-seed1", ("--model", str(toy_bert), "--data", str(toy_text))
+    search(parse(MagnitudeConfig, ["--run", str(folder), "--sparsity", "0.5", *shared, *more.split()]))
+    asked = {"run": str(root), "model": str(toy_bert), "data": str(toy_text), "task_data": str(toy_tasks)}
+    asked |= {"sparsities": (0.5,), "methods": ("omp",), "mask_seeds": (1,), "ranks": 0, "tasks": ("cola",)}
+    for changed, said in (
+        ({"search": more.replace("16", "32")}, "seq_len was 16, now 32.*type another --run DIR, or .*--seq_len 16"),
+        ({"search": more, "model": "builtin"}, f"model was {toy_bert}, now builtin"),
+        ({"search": more, "data": "builtin"}, f"data was {toy_text}, now builtin"),
+    ):
+        with pytest.raises(UserError, match=f"^stage omp-s0.5-seed1: {folder} was .*{said}.* or delete that folder"):
+            run_recipe(TamtRecipeConfig(**{**asked, **changed}))
+    (stage,) = plan_of(TamtRecipeConfig(**asked, search=f"{more} --log_every 7 --eval_every 3")).searches
+    run_stages([stage], root, shared)
+    assert read_json(root / "results.json").keys() == {stage.name}
+    assert "restarts" not in read_json(folder / "provenance.json")
 
 
 def test_a_plan_is_not_written_into_the_run_directory_of_a_search(toy_mask: Path, tmp_path: Path) -> None:

@@ -60,13 +60,23 @@ class Stage:
         """Whether it finds a mask."""
         return self.launcher not in ("pretrain.py", "dispatch.py")
 
-    def check(self, shared: Sequence[str]) -> Config:
+    def check(self, root: Path, shared: Sequence[str]) -> Config:
         """The configuration that its options make.
 
         Raises:
-            UserError: for an unknown option or a value that cannot be.
+            UserError: for an unknown option or a value that cannot be; for a search whose run directory, which only its
+                name tells, was made by other options.
         """
-        return parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
+        config = parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
+        if self.searches:
+            try:
+                Run.open(
+                    self.run(root).folder, config.identity(), config.defaults(), config.method,
+                    volatile=config.volatile, begin=False,
+                )  # fmt: skip
+            except UserError as error:
+                raise UserError(f"stage {self.name}: {error}, or delete that folder to search anew") from error
+        return config
 
     def run(self, root: Path) -> Run:
         """The stage's run directory (the built-in model is in the cache, for all runs of this machine)."""
@@ -90,8 +100,11 @@ def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> di
         shared: options of every search.
 
     Raises:
-        UserError: where a stage fails; the same command goes on from there.
+        UserError: before the first stage for what `Stage.check` refuses of any; where a stage fails, and the same
+            command goes on from there.
     """
+    for stage in stages:
+        stage.check(root, shared)
     for number, stage in enumerate(stages, 1):
         run_stage(stage, root, shared, f"[{number}/{len(stages)}] ")
     found = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.searches}
