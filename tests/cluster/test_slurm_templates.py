@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from finemask_ds.config import SweepConfig
+from finemask_ds.dispatch.slurm_jobs import checked_options
+from finemask_ds.options import parse
 from finemask_ds.run import read_json
 from tests.cluster.networks import wait_until
 from tests.cluster.slurm import Slurm
@@ -89,8 +93,37 @@ def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
     slurm.run(["scancel", *left])
 
 
+def test_the_sites_options_are_the_cells_or_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\necho 1\n")
+    for program in ("python", "sbatch"):
+        (tmp_path / program).chmod(0o755)
+
+    def run(template: str, options: str, **told: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "site.sh").write_text(
+            (REPOSITORY / "jobs/slurm/site.sh").read_text().replace("SITE_OPTIONS=()", f"SITE_OPTIONS=({options})")
+        )
+        told |= {"FINEMASK_SITE": str(tmp_path / "site.sh"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.run(
+            ["bash", f"jobs/slurm/{template}"], cwd=REPOSITORY, env={**os.environ, **told}, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    said = run("cells.sbatch", "--partition=gpu --exclusive --comment='two words'", SLURM_JOB_ID="1").stdout
+    config = parse(SweepConfig, said.splitlines()[2:])
+    assert config.job_options[:3] == ("partition=gpu", "exclusive=", "comment=two words")
+    assert checked_options(config.job_options)[1] == "--exclusive"
+    for options, at_fault in (("-p gpu", "-p"), ("--partition gpu", "gpu")):
+        told = run("chain.sbatch", options)
+        assert (told.returncode, told.stdout) == (2, "")
+        assert told.stderr.startswith(f"SITE_OPTIONS in {tmp_path}/site.sh: type '{at_fault}' as a part of --NAME=")
+        assert not (tmp_path / "submitted").exists()
+    assert run("chain.sbatch", "--partition=gpu").returncode == 0
+    assert (tmp_path / "submitted").exists()
+
+
 def test_the_templates_are_bash_and_pass_the_ranks() -> None:
     assert [path.name for path in TEMPLATES] == ["cells.sbatch", "chain.sbatch", "search.sbatch"]
-    for path in [*TEMPLATES, REPOSITORY / "jobs/slurm/site.sh"]:
+    for path in [*TEMPLATES, *(REPOSITORY / "jobs/slurm").glob("*.sh")]:
         subprocess.run(["bash", "-n", path], check=True)
     assert "--ranks $((NODES * GPUS_PER_NODE))" in (REPOSITORY / "jobs/slurm/search.sbatch").read_text()
