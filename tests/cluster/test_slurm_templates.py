@@ -25,7 +25,10 @@ TEMPLATES = sorted((REPOSITORY / "jobs" / "slurm").glob("*.sbatch"))
 
 @pytest.fixture
 def site(toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path) -> Path:
-    """Two nodes with a rank each, a small model; everything below a folder with a space."""
+    """Two nodes with a rank each, a small model; everything below a folder with a space.
+
+    The search's job outlives its ranks by a moment, in which one can look at what they have left in the queue.
+    """
     folder = tmp_path / "my site"
     folder.mkdir()
     log = f"--output={folder}/%x-%j.log"
@@ -39,6 +42,7 @@ def site(toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path) -> Pat
         " --batch_size 8 --seq_len 16 --eval_every 0)",
         f"SWEEP=(--model {toy_bert} --data {toy_tasks} --tasks cola --seeds 1 --full no)",
         "export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1",
+        'srun() { command srun "$@"; local code=$?; sleep 5; return $code; }',
     ]
     path = folder / "site.sh"
     path.write_text("\n".join(lines) + "\n")
@@ -83,12 +87,13 @@ def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
 
     cells = ("--tasks", "cola", "--finetune_seeds", "1", "--task_data", str(toy_tasks))
     (search,) = submitted(slurm, site, "search.sbatch", "--dispatch", "slurm", *cells)
-    wait_until(lambda: search not in queue(slurm).split(), END_SEC, "the search's job has ended")
     log = site.parent / f"finemask-search-{search}.log"
-    (left,) = re.findall(r"job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on", log.read_text())
-    ended_sec = log.stat().st_mtime
-    begun_sec = [read_json(path)["start"] for path in run.glob("downstream/cells/cola-full-*/attempt-*/attempt.json")]
-    assert all(start > ended_sec for start in begun_sec), "the search has waited for its cells"
+    words = r"job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on"
+    wait_until(lambda: log.exists() and re.search(words, log.read_text()), END_SEC, "the cells are in the queue")
+    (left,) = re.findall(words, log.read_text())
+    told = slurm.run(["squeue", "--noheader", f"--jobs={left[0]}", "--format=%E"]).stdout
+    assert f"afterany:{search}" in told, "the cells wait for the search's devices"
+    wait_until(lambda: search not in queue(slurm).split(), END_SEC, "the search's job has ended")
     assert re.search(r": 2 cells, 1 done, 1 to run on Slurm\n", logs(site)), "the other is done already"
     slurm.run(["scancel", *left])
 
