@@ -98,6 +98,16 @@ def test_a_chain_ends_in_a_page_of_scores_though_its_search_is_sent_away(
     slurm.run(["scancel", *left])
 
 
+@pytest.mark.slow
+def test_the_ranks_of_a_search_get_the_cores_of_their_tasks(slurm: Slurm, site: Path) -> None:
+    lines = ["SEARCH_OPTIONS+=(--cpus-per-task=2)", "srun() { command srun --verbose true; }"]
+    site.write_text("\n".join([site.read_text(), *lines]) + "\n")
+    (search,) = submitted(slurm, site, "search.sbatch")
+    wait_until(lambda: not queue(slurm), END_SEC, "nothing is left in the queue")
+    told = (site.parent / f"finemask-search-{search}.log").read_text()
+    assert re.search(r"^srun: cpus-per-task +: 2$", told, re.M), told
+
+
 def test_the_sites_options_are_the_cells_or_refused_before_anything_is_submitted(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\necho 1\n")
