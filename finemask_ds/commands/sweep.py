@@ -51,6 +51,7 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
     """
     from finemask_ds.dispatch.estimate import measure
     from finemask_ds.dispatch.worker import alone, end_with, work
+    from finemask_ds.signals import Interruption
 
     for name in os.environ.keys() - alone(os.environ).keys():
         del os.environ[name]
@@ -61,12 +62,15 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
             have = ",".join(map(str, sorted(os.sched_getaffinity(0))))
             raise UserError(f"--cores {arguments.cores} cannot be had; this process has {have}") from error
         os.environ["OMP_NUM_THREADS"] = str(len(arguments.cores))
+    interruption = Interruption()
     if arguments.parent:
-        end_with(arguments.parent)
+        end_with(arguments.parent, interruption)
     if arguments.measure:
         measure(arguments.root, measure_cell)
         return 0
-    return work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
+    return work(
+        arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job, interruption=interruption
+    )  # fmt: skip
 
 
 def cores(text: str) -> tuple[int, ...]:

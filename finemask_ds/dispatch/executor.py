@@ -52,10 +52,10 @@ class Executor(ABC):
         """How many workers live; ends the attempts of those that died."""
 
     @abstractmethod
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """Leave the workers, when this process ends.
 
-        Where they depend on it they are ended within seconds, tidily if they can, and what they ran counts as
+        Where they depend on it they are ended, tidily if they can before it is urgent, and what they ran counts as
         interrupted. Where a queue outlives the one who submitted, they go on.
 
         Returns:
@@ -86,8 +86,8 @@ def dispatch(
 ) -> Survey:
     """Run what is missing or failed until nothing is left; print a line for each cell that ends.
 
-    Ctrl-C or SIGTERM ends the workers (see `Executor.stop`) and the process (exit code 130 or 143); a call with the
-    same plan goes on.
+    Ctrl-C or SIGTERM ends the workers (see `Executor.stop`), a further one at once, and the process (exit code 130 or
+    143); a call with the same plan goes on.
 
     Args:
         plan: as `Plan.write` made it.
@@ -117,7 +117,7 @@ def dispatch(
                 progress.say(_cost(seen, executor))
                 seen = _until_done(seen, executor, interruption, progress, poll_sec)
         finally:
-            left = executor.stop(plan)
+            left = executor.stop(plan, lambda: interruption.insists)
             if left and _unfinished(seen):
                 progress.say(left)
         seen = survey(plan, seen)

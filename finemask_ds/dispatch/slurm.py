@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +142,7 @@ class SlurmExecutor(Executor):
                     self._settle(plan, one, gone)
         return len(self._in_queue)
 
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class; the queue is left as it is."""
         jobs = list(dict.fromkeys(task.partition("_")[0] for task in self._in_queue.values()))
         if not jobs:

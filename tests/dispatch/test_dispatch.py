@@ -181,10 +181,27 @@ def test_a_workers_own_children_do_not_outlive_it(tmp_path):
     until(lambda: not lives(child))
 
 
+def test_workers_may_take_long_to_save_unless_ctrl_c_comes_again(tmp_path):
+    plan = Plan.write(tmp_path / "plan", [cell("quick", do="save", seconds=0), cell("slow", do="save", seconds=900)])
+    process = python("fake_dispatch.py", plan.root, 2)
+    until(lambda: starts(plan, "quick") and starts(plan, "slow"))
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    told = "finemask: waiting until the workers have saved, 10 min 0 s at most; Ctrl-C again ends them at once\n"
+    assert process.stderr.readline() == told
+    assert len(workers_of(plan)) == 1
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=WAIT_SEC)
+    assert process.returncode == 128 + signal.SIGINT
+    assert workers_of(plan) == []
+    assert states(plan) == {"quick": "waiting", "slow": "waiting"}
+    assert [path.parent.parent.name for path in plan.root.glob("cells/*/attempt-1/saved")] == ["quick"]
+
+
 @pytest.mark.slow
 def test_a_stopped_worker_is_killed_at_the_end_of_the_grace(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("held", do="hold")], retries=0)
-    process = python("fake_dispatch.py", plan.root, 1)
+    process = python("fake_dispatch.py", plan.root, 1, 1.0)
     until(lambda: starts(plan, "held"))
     os.kill(attempts_of(plan.folder(plan.cells[0]))[0].facts()["pid"], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
