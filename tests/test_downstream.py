@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
 from finemask_ds.options import parse
-from finemask_ds.recipes.stages import run_stages
+from finemask_ds.recipes.stages import Stage, run_stage, run_stages
 from finemask_ds.recipes.tamt import BANDS, plan_of, run_recipe
 from finemask_ds.run import Run, read_json
 from finemask_ds.session import search
+from finemask_ds.signals import REPEAT_SEC, Interrupted
 from tests.conftest import REPOSITORY
+from tests.dispatch.toys import until
 from tests.search import jobs
 from tests.test_launchers import deepspeed, leaks, python, start
 
@@ -207,6 +212,59 @@ def test_a_recipe_refuses_what_was_searched_with_other_options(
     run_stages([stage], root, shared)
     assert read_json(root / "results.json").keys() == {stage.name}
     assert "restarts" not in read_json(folder / "provenance.json")
+
+
+SAVES = "trap 'sleep 0.5; touch saved; exit 3' TERM; touch begun; while :; do sleep 0.05; done"
+DEAF = "trap '' TERM; touch begun; while :; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize("script", [SAVES, DEAF])
+def test_a_recipe_that_is_asked_to_end_awaits_its_stage_unless_it_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Stage, "command", lambda *_: ["bash", "-c", script])
+
+    def ask() -> None:
+        until(Path("begun").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+        if script == DEAF:
+            time.sleep(1.2 * REPEAT_SEC)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted) as ended:
+        run_stage(Stage("sweep", "dispatch.py", ranks=0), tmp_path)
+    assert ended.value.exit_code == 128 + signal.SIGINT
+    assert Path("saved").exists() == (script == SAVES)
+    assert not subprocess.run(["pgrep", "-f", script], capture_output=True, check=False).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "number"), [("0", signal.SIGINT), ("2", signal.SIGTERM)])
+def test_a_recipe_that_is_asked_to_end_saves_the_step_of_its_search(
+    toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path, ranks: str, number: signal.Signals
+) -> None:
+    root, log = tmp_path / "r", tmp_path / "log"
+    process = start([
+        *(sys.executable, "-m", "finemask_ds", "recipe", "tamt", "--run", str(root), "--model", str(toy_bert)),
+        *("--data", str(toy_text), "--task_data", str(toy_tasks), "--tasks", "cola", "--sparsities", "0.5"),
+        *("--methods", "tamt-kd", "--mask_seeds", "1", "--ranks", ranks, "--search", "--seq_len 16 --batch_size 8"),
+        *("--tamt", "--steps 100000 --schedule_steps 100000 --save_every 10 --eval_every 0"),
+    ], log)  # fmt: skip
+    run = root / "tamt-kd-s0.5-seed1"
+    try:
+        until(lambda: newest_step(run / "checkpoints") >= 10 or process.poll() is not None)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number, log.read_text()
+    finally:
+        process.kill()
+    said = log.read_text()
+    (step,) = re.findall(r"^finemask: SIGTERM: checkpoint at step (\d+) in ", said, re.M)
+    assert newest_step(run / "checkpoints") == int(step)
+    assert said.endswith("finemask: asked to end; the same command goes on\n")
+    assert "Traceback" not in said
+    assert not subprocess.run(["pgrep", "-f", str(run)], capture_output=True, check=False).stdout
 
 
 def test_a_plan_is_not_written_into_the_run_directory_of_a_search(toy_mask: Path, tmp_path: Path) -> None:
