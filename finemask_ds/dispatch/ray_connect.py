@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from finemask_ds.errors import UserError
@@ -35,6 +36,9 @@ def connect(address: str) -> Any:
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # else Ray prints what it thinks of tasks that ended
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # nor is a cluster ever started by a call
+    if (Path.home() / ".ray" / "auth_token").exists():
+        # Else Ray shows it only to a cluster that it finds by itself; one that asks for none does not mind.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:

@@ -180,6 +180,18 @@ def test_a_sweep_of_a_real_model_ends_in_a_page_and_torch_is_in_no_process_of_ra
     assert not [path for path in ours if "libtorch" in (path / "maps").read_text()]
 
 
+def test_a_token_in_its_usual_place_lets_the_dispatcher_in(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Without a word in the environment, which ranks that ssh has started do not get."""
+    told, plan = ray_cluster.environment, Plan.write(tmp_path / "plan", [cell("one")])
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").symlink_to(str(told["RAY_AUTH_TOKEN_PATH"]))
+    environment = {**told, "RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None, "HOME": str(tmp_path)}
+    words = [*PYTHON, str(plan.root), ray_cluster.address]
+    done = ray_cluster.hosts.run("node1", words, 90, environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("1 of 1 cells are done, 0 failed\n")
+
+
 def test_a_node_that_does_not_see_the_plan_is_named(ray_cluster: RayCluster, tmp_path: Path) -> None:
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(4)])
     ray_cluster.hosts.run("node2", ["mount", "-t", "tmpfs", "none", str(tmp_path)])
