@@ -157,16 +157,26 @@ def test_the_recipe_of_the_paper_runs_whole_in_miniature(
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("dispatch", "more", "sentence"),
     [
-        ({"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
-        ({"tasks": ("mrpc",), "task_data": "nodata"}, "is no folder.*what is --data there is --task_data here"),
+        ("local", {"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
+        ("local", {"tasks": ("mrpc",), "task_data": "nodata"}, "no folder.*what is --data there is --task_data here"),
+        ("slurm", {"job_setup": "setup.sh"}, "^--dispatch slurm: cannot read --job_setup setup.sh"),
+        ("slurm", {"job_options": ("array=0-9",)}, "--job_options array=0-9: dispatch sets --array itself"),
+        ("slurm", {}, r"there is no sbatch on the PATH of .*--executor is --dispatch here\)$"),
+        ("ray", {"job_options": ("num_cpus=many",)}, "--job_options num_cpus=many is no amount of a resource"),
+        ("ray", {"ray_address": "127.0.0.1:1"}, "no Ray cluster at 127.0.0.1:1 can be used"),
     ],
 )
 def test_what_would_end_the_sweep_is_told_before_the_search(
-    toy_bert: Path, toy_text: Path, tmp_path: Path, more: dict[str, Any], sentence: str
-) -> None:
-    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, dispatch="local", **more)
+    toy_bert: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatch: str,
+    more: dict[str, Any], sentence: str,
+) -> None:  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "squeue", "scontrol") if more else ():
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, dispatch=dispatch, **more)
     with pytest.raises(UserError, match=sentence):
         search_then_sweep(config)
     assert not (tmp_path / "run").exists()

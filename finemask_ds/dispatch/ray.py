@@ -17,7 +17,7 @@ from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.local import MEASURE_SEC
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.process import await_ends, check_measured, told
-from finemask_ds.dispatch.ray_connect import Nodes, connect
+from finemask_ds.dispatch.ray_connect import Nodes, connect, usable
 from finemask_ds.dispatch.ray_task import run_worker
 from finemask_ds.dispatch.worker import GRACE_SEC
 from finemask_ds.errors import UserError
@@ -75,6 +75,16 @@ class RayExecutor(Executor):
         except UserError:
             self._leave()
             raise
+
+    @staticmethod
+    def check(address: str, job_options: Sequence[str]) -> None:
+        """Refuse what the constructor would, as far as that can be known without a connection.
+
+        Raises:
+            UserError: where Ray is not installed, no cluster answers or an option is no amount.
+        """
+        _numbers(job_options)
+        usable(address)
 
     @property
     def slots(self) -> int:
