@@ -22,6 +22,7 @@ def add_status(commands: Commands) -> None:
     status = commands.add_parser("status", help="how the cells of a plan stand: done, running, failed and why")
     status.add_argument("root", type=Path, metavar="ROOT", help="folder of a plan, such as runs/sweep")
     status.add_argument("--once", action="store_true", help="print the table once, also on a terminal")
+    status.add_argument("--retry", action="store_true", help="first give cells that have failed for good new attempts")
     status.set_defaults(handler=_status)
 
 
@@ -91,6 +92,10 @@ def _measure_cell(options: Mapping[str, Any]) -> float:
 
 
 def _status(arguments: argparse.Namespace) -> None:
+    from finemask_ds.dispatch.plan import Plan
     from finemask_ds.dispatch.status import show_status
+    from finemask_ds.dispatch.survey import excuse_failed, survey
 
+    if arguments.retry:
+        print(f"failed cells that wait for a worker again: {excuse_failed(survey(Plan.read(arguments.root)))}")
     show_status(arguments.root, once=arguments.once)

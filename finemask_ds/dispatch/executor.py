@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from finemask_ds.dispatch.estimate import seconds_left, unmeasured
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
-from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.dispatch.survey import State, Survey, excuse_failed, survey
 from finemask_ds.errors import UserError
 from finemask_ds.signals import Interruption
 from finemask_ds.units import duration
@@ -104,9 +104,8 @@ def dispatch(
         UserError: where a cell cannot even begin, workers end at once, or the disk is full.
     """
     seen = survey(plan)
-    for _, standing in seen.cells(*([State.FAILED] if forgive else [])):
-        for attempt, _ in standing.failures:
-            attempt.excuse()
+    if forgive:
+        excuse_failed(seen)
     seen = survey(plan, seen)
     with Interruption().watching() as interruption, Progress(executor.slots) as progress:
         progress.begin(seen, executor.place)
