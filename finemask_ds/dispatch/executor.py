@@ -19,6 +19,11 @@ from finemask_ds.units import duration
 STARTS_PER_SLOT = 5
 """So many workers may be started for a slot without a cell being finished or failing."""
 
+IDLE_SEC = 10.0
+"""So long workers that have nothing to save may take to end."""
+_SILENT_SEC = 2.0
+"""So long nobody need know why nothing happens."""
+
 
 class Executor(ABC):
     """Where workers run. Which cells are done is never its business: the files say that."""
@@ -116,7 +121,7 @@ def dispatch(
                 progress.say(_cost(seen, executor))
                 seen = _until_done(seen, executor, interruption, progress, poll_sec)
         finally:
-            left = executor.stop(plan, lambda: interruption.insists)
+            left = executor.stop(plan, _Patience(interruption, has_to_save=_unfinished(seen) > 0))
             if left and _unfinished(seen):
                 progress.say(left)
         seen = survey(plan, seen)
@@ -127,6 +132,22 @@ def dispatch(
         print(f"finemask: interrupted, {done}; the same command goes on: {command}", file=sys.stderr, flush=True)
         raise SystemExit(128 + interruption.signal)
     return seen
+
+
+class _Patience:
+    """Asked again and again while workers end: whether it is urgent. Says once what is being waited for."""
+
+    def __init__(self, interruption: Interruption, *, has_to_save: bool) -> None:
+        self._interruption, self._has_to_save = interruption, has_to_save
+        self._started, self._told = time.monotonic(), False
+
+    def __call__(self) -> bool:
+        waited = time.monotonic() - self._started
+        if self._has_to_save and waited > _SILENT_SEC and not self._told:
+            self._told = True
+            told = "waiting until the workers have saved; Ctrl-C again ends them at once"
+            print(f"finemask: {told}", file=sys.stderr, flush=True)
+        return self._interruption.insists or (not self._has_to_save and waited > IDLE_SEC)
 
 
 def _until_done(

@@ -6,16 +6,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finemask_ds.errors import UserError
-from finemask_ds.units import duration
-
-_SILENT_SEC = 2.0
-"""So long nobody need know why nothing happens."""
 
 
 def spawn(
@@ -67,15 +62,9 @@ def end(
 
 
 def await_ends(have_ended: Callable[[], bool], grace_sec: float, is_urgent: Callable[[], bool]) -> None:
-    """Wait until workers that were asked to end have, at most for the grace or until it is urgent; say so."""
-    started, told = time.monotonic(), False
-    while not have_ended() and (waited := time.monotonic() - started) < grace_sec and not is_urgent():
-        if waited > _SILENT_SEC and not told:
-            told = True
-            print(
-                f"finemask: waiting until the workers have saved, {duration(grace_sec)} at most; Ctrl-C again ends "
-                "them at once", file=sys.stderr, flush=True,
-            )  # fmt: skip
+    """Wait until workers that were asked to end have, at most for the grace or until it is urgent."""
+    deadline = time.monotonic() + grace_sec
+    while not have_ended() and time.monotonic() < deadline and not is_urgent():
         time.sleep(0.05)
 
 
