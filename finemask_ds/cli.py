@@ -18,12 +18,16 @@ from finemask_ds.commands.report import add_report
 from finemask_ds.commands.sweep import add_status, add_worker
 from finemask_ds.errors import UserError, printable
 from finemask_ds.options import Parser
+from finemask_ds.signals import Interrupted
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code, 0 for most, or 2 after a user's error, one sentence on standard error."""
+    """Run one command; its exit code, 0 for most, 2 after a user's error, 128 and a signal's number after that.
+
+    Errors are one sentence on standard error.
+    """
     code = 0
     try:
         arguments = _parser().parse_args(argv)
@@ -32,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"finemask: {printable(str(error))}", file=sys.stderr)
         return 2
+    except Interrupted as ended:
+        print("finemask: asked to end; the same command goes on", file=sys.stderr, flush=True)
+        return ended.exit_code
     except BrokenPipeError:  # as in `finemask mask show FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

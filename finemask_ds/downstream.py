@@ -25,6 +25,7 @@ from finemask_ds.errors import UserError
 from finemask_ds.finetune.job import check_cells, check_tasks, with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.lock import lives
+from finemask_ds.options import parse
 from finemask_ds.report.write import score_tables, write_report
 from finemask_ds.search.dense import resolve_model
 from finemask_ds.session import ranks_of, search, summary
@@ -84,6 +85,20 @@ def executor_of(config: SweepConfig) -> Executor:
         UserError: where that cannot be had here.
     """
     return EXECUTOR[config.executor](config)
+
+
+def check_executor(config: SweepConfig) -> None:
+    """Refuse what `executor_of` would, and connect to nothing.
+
+    Raises:
+        UserError: where that cannot be had here.
+    """
+    if config.executor == "ray":
+        from finemask_ds.dispatch.ray import RayExecutor
+
+        RayExecutor.check(config.ray_address, config.job_options)
+    else:
+        executor_of(config)  # which starts nothing before it is told to
 
 
 def _local(config: SweepConfig) -> Executor:
@@ -147,10 +162,14 @@ def _check_dispatch(config: SearchConfig) -> None:
     """Refuse before the search what would end the sweep after it.
 
     Raises:
-        UserError: an unknown task of ``--tasks``, or one that ``--task_data`` does not have.
+        UserError: an unknown task of ``--tasks``, or one that ``--task_data`` does not have; what the executor refuses.
     """
     if config.dispatch == "no":
         return
+    try:
+        check_executor(parse(SweepConfig, sweep_options(config, config.run)))
+    except UserError as error:
+        raise UserError(f"--dispatch {config.dispatch}: {error} (--executor is --dispatch here)") from error
     tasks = [task_named(name, "--tasks") for name in config.tasks or default_tasks(config.model)]
     try:
         check_tasks(tasks, config.task_data)

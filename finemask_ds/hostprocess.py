@@ -62,9 +62,7 @@ def ranks_of(launch: str) -> list[int]:
 
 def end(launch: str, grace_sec: float) -> int:
     """Ask the ranks to end, so that they save; kill what is left after a while. How many ranks there were."""
-    ranks, deadline = ranks_of(launch), time.monotonic() + grace_sec
-    for pid in ranks:
-        _send(pid, signal.SIGTERM)
+    ranks, deadline = ask(launch), time.monotonic() + grace_sec
     while ranks and living(launch) and time.monotonic() < deadline:
         time.sleep(0.1)
     deadline = time.monotonic() + KILL_SEC
@@ -72,6 +70,14 @@ def end(launch: str, grace_sec: float) -> int:
         for pid in left:
             _send(pid, signal.SIGKILL)
         time.sleep(0.05)
+    return ranks
+
+
+def ask(launch: str) -> int:
+    """Ask the ranks of a launch that live here to end, so that they save. How many there were."""
+    ranks = ranks_of(launch)
+    for pid in ranks:
+        _send(pid, signal.SIGTERM)
     return len(ranks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -81,12 +82,17 @@ class Lock:
 
     def holder(self) -> Holder | None:
         """Who holds the lock; None where nobody does."""
-        # The lock is opened rather than stat-ed because network file systems only then fetch its true time.
-        try:
-            with open(self.path, encoding="utf-8") as stream:
-                return Holder(stream.read(), self._now() - os.fstat(stream.fileno()).st_mtime)
-        except FileNotFoundError:
-            return None
+        for _ in range(2):
+            # The lock is opened rather than stat-ed because network file systems only then fetch its true time.
+            try:
+                with open(self.path, encoding="utf-8") as stream:
+                    return Holder(stream.read(), self._now() - os.fstat(stream.fileno()).st_mtime)
+            except FileNotFoundError:
+                return None
+            except OSError as error:  # removed by another host since it was opened; somebody may have taken it anew
+                if error.errno != errno.ESTALE:
+                    raise
+        return None
 
     def _now(self) -> float:
         """The time of the file system's own clock, as those of hosts differ; in a folder of others, of this host's."""

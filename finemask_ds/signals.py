@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+REPEAT_SEC = 1.0
+"""Signals closer together than this are one: a launcher may pass on what its process has had already."""
 
 
 class Interrupted(BaseException):
@@ -25,6 +29,9 @@ class Interruption:
     def __init__(self) -> None:
         self.signal = 0
         """The first signal that came; 0: none."""
+        self.insists = False
+        """Whether a further one came: what would still be done before the end is to be left."""
+        self._first = 0.0
         self._raises = False
         self._deferred = False
 
@@ -68,7 +75,9 @@ class Interruption:
             self._deferred = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or number
+        if not self.signal:
+            self.signal, self._first = number, time.monotonic()
+        self.insists = self.insists or time.monotonic() - self._first > REPEAT_SEC
         if self._raises and not self._deferred:
             self._raises = False
             raise Interrupted(self.signal)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finemask_ds.config import SweepConfig, TamtRecipeConfig
+from finemask_ds.config import MagnitudeConfig, SweepConfig, TamtRecipeConfig
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.downstream import search_then_sweep, sweep
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask
+from finemask_ds.options import parse
+from finemask_ds.recipes.stages import Stage, run_stage, run_stages
 from finemask_ds.recipes.tamt import BANDS, plan_of, run_recipe
 from finemask_ds.run import Run, read_json
+from finemask_ds.session import search
+from finemask_ds.signals import REPEAT_SEC, Interrupted
 from tests.conftest import REPOSITORY
+from tests.dispatch.toys import until
 from tests.search import jobs
 from tests.test_launchers import deepspeed, leaks, python, start
 
@@ -154,16 +162,26 @@ def test_the_recipe_of_the_paper_runs_whole_in_miniature(
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("dispatch", "more", "sentence"),
     [
-        ({"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
-        ({"tasks": ("mrpc",), "task_data": "nodata"}, "is no folder.*what is --data there is --task_data here"),
+        ("local", {"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
+        ("local", {"tasks": ("mrpc",), "task_data": "nodata"}, "no folder.*what is --data there is --task_data here"),
+        ("slurm", {"job_setup": "setup.sh"}, "^--dispatch slurm: cannot read --job_setup setup.sh"),
+        ("slurm", {"job_options": ("array=0-9",)}, "--job_options array=0-9: dispatch sets --array itself"),
+        ("slurm", {}, r"there is no sbatch on the PATH of .*--executor is --dispatch here\)$"),
+        ("ray", {"job_options": ("num_cpus=many",)}, "--job_options num_cpus=many is no amount of a resource"),
+        ("ray", {"ray_address": "127.0.0.1:1"}, "no Ray cluster at 127.0.0.1:1 can be used"),
     ],
 )
 def test_what_would_end_the_sweep_is_told_before_the_search(
-    toy_bert: Path, toy_text: Path, tmp_path: Path, more: dict[str, Any], sentence: str
-) -> None:
-    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, dispatch="local", **more)
+    toy_bert: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatch: str,
+    more: dict[str, Any], sentence: str,
+) -> None:  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "squeue", "scontrol") if more else ():
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, dispatch=dispatch, **more)
     with pytest.raises(UserError, match=sentence):
         search_then_sweep(config)
     assert not (tmp_path / "run").exists()
@@ -187,6 +205,81 @@ def test_a_recipe_looks_at_all_of_its_stages_before_the_first(
     with pytest.raises(UserError, match=sentence):
         run_recipe(TamtRecipeConfig(run=str(tmp_path / "r"), model="builtin", data="builtin", **more))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_recipe_refuses_what_was_searched_with_other_options(
+    toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path
+) -> None:
+    """Though its folder has the same name; where only what is volatile differs it is done."""
+    root, more = tmp_path / "r", "--seq_len 16 --batch_size 8 --eval_every 0"
+    folder, shared = root / "omp-s0.5-seed1", ("--model", str(toy_bert), "--data", str(toy_text))
+    search(parse(MagnitudeConfig, ["--run", str(folder), "--sparsity", "0.5", *shared, *more.split()]))
+    asked = {"run": str(root), "model": str(toy_bert), "data": str(toy_text), "task_data": str(toy_tasks)}
+    asked |= {"sparsities": (0.5,), "methods": ("omp",), "mask_seeds": (1,), "ranks": 0, "tasks": ("cola",)}
+    for changed, said in (
+        ({"search": more.replace("16", "32")}, "seq_len was 16, now 32.*type another --run DIR, or .*--seq_len 16"),
+        ({"search": more, "model": "builtin"}, f"model was {toy_bert}, now builtin"),
+        ({"search": more, "data": "builtin"}, f"data was {toy_text}, now builtin"),
+    ):
+        with pytest.raises(UserError, match=f"^stage omp-s0.5-seed1: {folder} was .*{said}.* or delete that folder"):
+            run_recipe(TamtRecipeConfig(**{**asked, **changed}))
+    (stage,) = plan_of(TamtRecipeConfig(**asked, search=f"{more} --log_every 7 --eval_every 3")).searches
+    run_stages([stage], root, shared)
+    assert read_json(root / "results.json").keys() == {stage.name}
+    assert "restarts" not in read_json(folder / "provenance.json")
+
+
+SAVES = "trap 'sleep 0.5; touch saved; exit 3' TERM; touch begun; while :; do sleep 0.05; done"
+DEAF = "trap '' TERM; touch begun; while :; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize("script", [SAVES, DEAF])
+def test_a_recipe_that_is_asked_to_end_awaits_its_stage_unless_it_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Stage, "command", lambda *_: ["bash", "-c", script])
+
+    def ask() -> None:
+        until(Path("begun").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+        if script == DEAF:
+            time.sleep(1.2 * REPEAT_SEC)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted) as ended:
+        run_stage(Stage("sweep", "dispatch.py", ranks=0), tmp_path)
+    assert ended.value.exit_code == 128 + signal.SIGINT
+    assert Path("saved").exists() == (script == SAVES)
+    assert not subprocess.run(["pgrep", "-f", script], capture_output=True, check=False).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "number"), [("0", signal.SIGINT), ("2", signal.SIGTERM)])
+def test_a_recipe_that_is_asked_to_end_saves_the_step_of_its_search(
+    toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path, ranks: str, number: signal.Signals
+) -> None:
+    root, log = tmp_path / "r", tmp_path / "log"
+    process = start([
+        *(sys.executable, "-m", "finemask_ds", "recipe", "tamt", "--run", str(root), "--model", str(toy_bert)),
+        *("--data", str(toy_text), "--task_data", str(toy_tasks), "--tasks", "cola", "--sparsities", "0.5"),
+        *("--methods", "tamt-kd", "--mask_seeds", "1", "--ranks", ranks, "--search", "--seq_len 16 --batch_size 8"),
+        *("--tamt", "--steps 100000 --schedule_steps 100000 --save_every 10 --eval_every 0"),
+    ], log)  # fmt: skip
+    run = root / "tamt-kd-s0.5-seed1"
+    try:
+        until(lambda: newest_step(run / "checkpoints") >= 10 or process.poll() is not None)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number, log.read_text()
+    finally:
+        process.kill()
+    said = log.read_text()
+    (step,) = re.findall(r"^finemask: SIGTERM: checkpoint at step (\d+) in ", said, re.M)
+    assert newest_step(run / "checkpoints") == int(step)
+    assert said.endswith("finemask: asked to end; the same command goes on\n")
+    assert "Traceback" not in said
+    assert not subprocess.run(["pgrep", "-f", str(run)], capture_output=True, check=False).stdout
 
 
 def test_a_plan_is_not_written_into_the_run_directory_of_a_search(toy_mask: Path, tmp_path: Path) -> None:

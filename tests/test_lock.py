@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -111,6 +112,24 @@ def test_a_lock_that_another_has_taken_over_meanwhile_stays(tmp_path, monkeypatc
     assert not mine.break_if_held_by("dead")
     assert (tmp_path / "lock").read_text() == theirs.me
     assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize("taken_anew", [False, True])
+def test_a_lock_that_a_network_file_system_loses_while_it_is_read_is_released(tmp_path, monkeypatch, taken_anew):
+    mine, theirs = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
+    mine.acquire()
+    opened = []
+
+    def open_on_nfs(path, **how):
+        opened.append(path)
+        if taken_anew and len(opened) == 2:
+            return open(path, **how)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("finemask_ds.lock.open", open_on_nfs, raising=False)
+    holder = theirs.holder()
+    assert (holder and holder.name) == (mine.me if taken_anew else None)
+    assert len(opened) == 2
 
 
 def test_what_is_owned_is_refused_while_its_owner_lives_and_taken_over_when_not(tmp_path):

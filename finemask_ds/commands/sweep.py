@@ -22,6 +22,7 @@ def add_status(commands: Commands) -> None:
     status = commands.add_parser("status", help="how the cells of a plan stand: done, running, failed and why")
     status.add_argument("root", type=Path, metavar="ROOT", help="folder of a plan, such as runs/sweep")
     status.add_argument("--once", action="store_true", help="print the table once, also on a terminal")
+    status.add_argument("--retry", action="store_true", help="first give cells that have failed for good new attempts")
     status.set_defaults(handler=_status)
 
 
@@ -43,14 +44,15 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="run no cell, measure what the cells will cost")
 
 
-def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: MeasureCell) -> None:
-    """Pin this process, then work on the plan.
+def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: MeasureCell) -> int:
+    """Pin this process, then work on the plan; its exit code (`dispatch.worker.work`).
 
     Raises:
         UserError: where there is no plan, or its folder cannot be written.
     """
     from finemask_ds.dispatch.estimate import measure
     from finemask_ds.dispatch.worker import alone, end_with, work
+    from finemask_ds.signals import Interruption
 
     for name in os.environ.keys() - alone(os.environ).keys():
         del os.environ[name]
@@ -61,12 +63,15 @@ def run_worker(arguments: argparse.Namespace, run_cell: RunCell, measure_cell: M
             have = ",".join(map(str, sorted(os.sched_getaffinity(0))))
             raise UserError(f"--cores {arguments.cores} cannot be had; this process has {have}") from error
         os.environ["OMP_NUM_THREADS"] = str(len(arguments.cores))
+    interruption = Interruption()
     if arguments.parent:
-        end_with(arguments.parent)
+        end_with(arguments.parent, interruption)
     if arguments.measure:
         measure(arguments.root, measure_cell)
-    else:
-        work(arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job)
+        return 0
+    return work(
+        arguments.root, run_cell, cells=arguments.cell, log=arguments.log, job=arguments.job, interruption=interruption
+    )  # fmt: skip
 
 
 def cores(text: str) -> tuple[int, ...]:
@@ -87,6 +92,10 @@ def _measure_cell(options: Mapping[str, Any]) -> float:
 
 
 def _status(arguments: argparse.Namespace) -> None:
+    from finemask_ds.dispatch.plan import Plan
     from finemask_ds.dispatch.status import show_status
+    from finemask_ds.dispatch.survey import excuse_failed, survey
 
+    if arguments.retry:
+        print(f"failed cells that wait for a worker again: {excuse_failed(survey(Plan.read(arguments.root)))}")
     show_status(arguments.root, once=arguments.once)

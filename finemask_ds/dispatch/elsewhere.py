@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.plan import Plan
@@ -34,7 +34,7 @@ class ElsewhereExecutor(Executor):
         """See the base class."""
         return 0
 
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class."""
         return f"start as many workers as you like, by: finemask worker {plan.root}"
 

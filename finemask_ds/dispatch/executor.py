@@ -11,13 +11,18 @@ from collections.abc import Callable, Sequence
 from finemask_ds.dispatch.estimate import seconds_left, unmeasured
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
-from finemask_ds.dispatch.survey import State, Survey, survey
+from finemask_ds.dispatch.survey import State, Survey, excuse_failed, survey
 from finemask_ds.errors import UserError
 from finemask_ds.signals import Interruption
 from finemask_ds.units import duration
 
 STARTS_PER_SLOT = 5
 """So many workers may be started for a slot without a cell being finished or failing."""
+
+IDLE_SEC = 10.0
+"""So long workers that have nothing to save may take to end."""
+_SILENT_SEC = 2.0
+"""So long nobody need know why nothing happens."""
 
 
 class Executor(ABC):
@@ -52,10 +57,10 @@ class Executor(ABC):
         """How many workers live; ends the attempts of those that died."""
 
     @abstractmethod
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """Leave the workers, when this process ends.
 
-        Where they depend on it they are ended within seconds, tidily if they can, and what they ran counts as
+        Where they depend on it they are ended, tidily if they can before it is urgent, and what they ran counts as
         interrupted. Where a queue outlives the one who submitted, they go on.
 
         Returns:
@@ -86,8 +91,8 @@ def dispatch(
 ) -> Survey:
     """Run what is missing or failed until nothing is left; print a line for each cell that ends.
 
-    Ctrl-C or SIGTERM ends the workers (see `Executor.stop`) and the process (exit code 130 or 143); a call with the
-    same plan goes on.
+    Ctrl-C or SIGTERM ends the workers (see `Executor.stop`), a further one at once, and the process (exit code 130 or
+    143); a call with the same plan goes on.
 
     Args:
         plan: as `Plan.write` made it.
@@ -104,9 +109,8 @@ def dispatch(
         UserError: where a cell cannot even begin, workers end at once, or the disk is full.
     """
     seen = survey(plan)
-    for _, standing in seen.cells(*([State.FAILED] if forgive else [])):
-        for attempt, _ in standing.failures:
-            attempt.excuse()
+    if forgive:
+        excuse_failed(seen)
     seen = survey(plan, seen)
     with Interruption().watching() as interruption, Progress(executor.slots) as progress:
         progress.begin(seen, executor.place)
@@ -117,7 +121,7 @@ def dispatch(
                 progress.say(_cost(seen, executor))
                 seen = _until_done(seen, executor, interruption, progress, poll_sec)
         finally:
-            left = executor.stop(plan)
+            left = executor.stop(plan, _Patience(interruption, has_to_save=_unfinished(seen) > 0))
             if left and _unfinished(seen):
                 progress.say(left)
         seen = survey(plan, seen)
@@ -128,6 +132,22 @@ def dispatch(
         print(f"finemask: interrupted, {done}; the same command goes on: {command}", file=sys.stderr, flush=True)
         raise SystemExit(128 + interruption.signal)
     return seen
+
+
+class _Patience:
+    """Asked again and again while workers end: whether it is urgent. Says once what is being waited for."""
+
+    def __init__(self, interruption: Interruption, *, has_to_save: bool) -> None:
+        self._interruption, self._has_to_save = interruption, has_to_save
+        self._started, self._told = time.monotonic(), False
+
+    def __call__(self) -> bool:
+        waited = time.monotonic() - self._started
+        if self._has_to_save and waited > _SILENT_SEC and not self._told:
+            self._told = True
+            told = "waiting until the workers have saved; Ctrl-C again ends them at once"
+            print(f"finemask: {told}", file=sys.stderr, flush=True)
+        return self._interruption.insists or (not self._has_to_save and waited > IDLE_SEC)
 
 
 def _until_done(

@@ -79,10 +79,10 @@ class LocalExecutor(Executor):
                 end_attempts(plan.folders, worker.pid, f"the worker {told(code)}")
         return len(self._workers)
 
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class."""
         workers = list(self._workers.values())
-        end(workers, self._grace_sec)
+        end(workers, self._grace_sec, is_urgent)
         self._workers.clear()
         for worker in workers:
             end_attempts(plan.folders, worker.pid)

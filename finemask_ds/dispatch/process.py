@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finemask_ds.errors import UserError
@@ -47,16 +47,25 @@ def has_ended(worker: subprocess.Popen[bytes]) -> bool:
     )
 
 
-def end(workers: Sequence[subprocess.Popen[bytes]], grace_sec: float) -> None:
-    """Ask workers to end, and end what is left of them and their children when the grace is over."""
+def end(
+    workers: Sequence[subprocess.Popen[bytes]], grace_sec: float, is_urgent: Callable[[], bool] = lambda: False
+) -> None:
+    """Ask workers to end, and end what is left of them and their children after the grace, or once it is urgent."""
     for worker in workers:
         if worker.returncode is None:  # terminate() would ask for the code: see has_ended.
             os.kill(worker.pid, signal.SIGTERM)
+    try:
+        await_ends(lambda: all(map(has_ended, workers)), grace_sec, is_urgent)
+    finally:
+        for worker in workers:
+            reap(worker)
+
+
+def await_ends(have_ended: Callable[[], bool], grace_sec: float, is_urgent: Callable[[], bool]) -> None:
+    """Wait until workers that were asked to end have, at most for the grace or until it is urgent."""
     deadline = time.monotonic() + grace_sec
-    while not all(map(has_ended, workers)) and time.monotonic() < deadline:
+    while not have_ended() and time.monotonic() < deadline and not is_urgent():
         time.sleep(0.05)
-    for worker in workers:
-        reap(worker)
 
 
 def reap(worker: subprocess.Popen[bytes]) -> int:

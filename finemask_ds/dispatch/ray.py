@@ -16,8 +16,8 @@ from finemask_ds.dispatch.attempt import end_attempts
 from finemask_ds.dispatch.executor import Executor
 from finemask_ds.dispatch.local import MEASURE_SEC
 from finemask_ds.dispatch.plan import Plan
-from finemask_ds.dispatch.process import check_measured, told
-from finemask_ds.dispatch.ray_connect import Nodes, connect
+from finemask_ds.dispatch.process import await_ends, check_measured, told
+from finemask_ds.dispatch.ray_connect import Nodes, connect, usable
 from finemask_ds.dispatch.ray_task import run_worker
 from finemask_ds.dispatch.worker import GRACE_SEC
 from finemask_ds.errors import UserError
@@ -76,6 +76,16 @@ class RayExecutor(Executor):
             self._leave()
             raise
 
+    @staticmethod
+    def check(address: str, job_options: Sequence[str]) -> None:
+        """Refuse what the constructor would, as far as that can be known without a connection.
+
+        Raises:
+            UserError: where Ray is not installed, no cluster answers or an option is no amount.
+        """
+        _numbers(job_options)
+        usable(address)
+
     @property
     def slots(self) -> int:
         """See the base class."""
@@ -119,9 +129,9 @@ class RayExecutor(Executor):
             end_attempts(plan.folders, job, f"the worker {how}")
         return len(self._tasks)
 
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class."""
-        self._cancel(list(self._tasks))
+        self._cancel(list(self._tasks), is_urgent)
         for job, _ in self._tasks.values():
             end_attempts(plan.folders, job)
         self._tasks.clear()
@@ -141,7 +151,7 @@ class RayExecutor(Executor):
         while not self._ended([task], wait_sec=0.1):
             self._check_head()
             if is_over() or time.monotonic() > deadline:
-                return self._cancel([task])
+                return self._cancel([task], is_over)
         try:
             check_measured(self._result(plan, task)[1], log)
         except self._ray.exceptions.RayError as error:
@@ -149,8 +159,12 @@ class RayExecutor(Executor):
                 f"no worker can begin in {self._cluster} ({self._reason(error)}): install finemask_ds on its nodes"
             ) from error
 
+    def _has_lost_head(self) -> bool:
+        # Where it answers, only this process stood still.
+        return self._nodes.silent_sec > self._gone_sec and not self._nodes.answers()
+
     def _check_head(self) -> None:
-        if self._nodes.silent_sec > self._gone_sec and not self._nodes.answers():  # else only this process stood still
+        if self._has_lost_head():
             raise UserError(f"{self._cluster} is gone: start it again, then type the same command")
 
     def _leave(self) -> None:
@@ -174,11 +188,15 @@ class RayExecutor(Executor):
     def _ended(self, tasks: list[Any], wait_sec: float = 0.0) -> list[Any]:
         return list(self._ray.wait(tasks, num_returns=len(tasks), timeout=wait_sec)[0]) if tasks else []
 
-    def _cancel(self, tasks: list[Any]) -> None:
+    def _cancel(self, tasks: list[Any], is_urgent: Callable[[], bool]) -> None:
         """End tasks tidily, then at once."""
         for task in tasks:
             self._ray.cancel(task)
-        ended = set(self._ended(tasks, wait_sec=self._grace_sec + 2))
+        await_ends(
+            lambda: len(self._ended(tasks)) == len(tasks), self._grace_sec + 2,
+            lambda: is_urgent() or self._has_lost_head(),
+        )  # fmt: skip
+        ended = self._ended(tasks)
         for task in tasks:
             if task not in ended:
                 self._ray.cancel(task, force=True)

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from finemask_ds.errors import UserError
@@ -31,14 +33,28 @@ def connect(address: str) -> Any:
     """Ray's module, connected to a cluster.
 
     Raises:
+        UserError: as `usable`.
+    """
+    address = usable(address)
+    import ray
+
+    ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
+    return ray
+
+
+def usable(address: str) -> str:
+    """The address of a cluster that answers, as another process was told; this one does not load Ray.
+
+    Raises:
         UserError: where Ray is not installed or no cluster answers.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # else Ray prints what it thinks of tasks that ended
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # nor is a cluster ever started by a call
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError('--executor ray needs Ray: type pip install "finemask_ds[ray]"') from error
+    if (Path.home() / ".ray" / "auth_token").exists():
+        # Else Ray shows it only to a cluster that it finds by itself; one that asks for none does not mind.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if find_spec("ray") is None:
+        raise UserError('--executor ray needs Ray: type pip install "finemask_ds[ray]"')
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     if reason := _objection(address):
         where = "of this machine" if address == "auto" else f"at {address}"
@@ -46,8 +62,7 @@ def connect(address: str) -> Any:
             f"no Ray cluster {where} can be used ({reason}): type ray start --address=HOST:PORT here and --ray_address "
             "HOST:PORT of a cluster that runs"
         )
-    ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
-    return ray
+    return address
 
 
 def _objection(address: str) -> str:

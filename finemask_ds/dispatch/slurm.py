@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +83,7 @@ class SlurmExecutor(Executor):
         if after and not after.isdecimal():
             raise UserError(f"--after {after} is no number of a job; squeue --me shows them")
         self._after = [f"--dependency=afterany:{after}"] if after else []
-        self._again, self._tidy, self._look_sec = tuple(again), "", look_sec
-        self._untidied: list[str] = []  # arrays without a job after them
+        self._again, self._look_sec = tuple(again), look_sec
         self._looked, self._is_new = -math.inf, False
         self._answered, self._hears, self._told_silence = time.monotonic(), False, False
         self._in_queue: dict[str, str] = {}  # cell -> its task
@@ -122,8 +121,7 @@ class SlurmExecutor(Executor):
         try:
             if self._missing(waiting):
                 started = self._submit_missing(plan, waiting)
-            if self._again and self._untidied:
-                self._submit_tidy(plan)
+            self._submit_tidy(plan)
         except SilentError as error:
             self._bear(error)
         return started
@@ -134,6 +132,7 @@ class SlurmExecutor(Executor):
             self._looked = time.monotonic()
             try:
                 self._look(plan)
+                self._submit_tidy(plan)
             except SilentError as error:
                 self._bear(error)
             else:
@@ -142,14 +141,18 @@ class SlurmExecutor(Executor):
                     self._settle(plan, one, gone)
         return len(self._in_queue)
 
-    def stop(self, plan: Plan) -> str:
+    def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class; the queue is left as it is."""
-        jobs = list(dict.fromkeys(task.partition("_")[0] for task in self._in_queue.values()))
+        try:
+            self._submit_tidy(plan)
+        except (SilentError, UserError) as error:
+            print(f"finemask: no job goes on after what is in the queue ({error})", file=sys.stderr, flush=True)
+        jobs = [one.job for one in self._living()]
         if not jobs:
             return ""
-        then = f"job {self._tidy} goes on after them" if self._tidy else "the same command finds them again"
-        cancel = " ".join(["scancel", *jobs, *([self._tidy] if self._tidy else [])])
-        return f"job(s) {' '.join(jobs)} stay in Slurm's queue and {then}; {cancel} ends them"
+        tidy = list(dict.fromkeys(one.tidy for one in self._living() if one.tidy))
+        then = f"job {' and '.join(tidy)} goes on after them" if tidy else "the same command finds them again"
+        return f"job(s) {' '.join(jobs)} stay in Slurm's queue and {then}; scancel {' '.join([*jobs, *tidy])} ends them"
 
     def advice(self, plan: Plan) -> str:
         """See the base class."""
@@ -189,14 +192,26 @@ class SlurmExecutor(Executor):
         self._known.append(replace(new, job=job))
         write_submissions(plan, self._known)
         self._in_queue |= {cell: f"{job}_{index}" for index, cell in enumerate(cells)}
-        self._untidied.append(job)
+
+    def _living(self) -> list[Submission]:
+        """The arrays with tasks in the queue."""
+        jobs = {task.partition("_")[0] for task in self._in_queue.values()}
+        return [one for one in self._known if one.job in jobs]
 
     def _submit_tidy(self, plan: Plan) -> None:
-        """Submit the small job after the arrays."""
-        name = f"{PREFIX}tidy-{self._untidied[-1]}"
-        script = write_script(plan, name, tidy_script(self._again, self._setup))
-        options = tidy_options(name, self._untidied, self._asked, logs_of(plan, "tidy-%j"))
-        self._tidy, self._untidied = submit(options, script), []
+        """Where nobody is to wait here, submit the small job after all arrays in the queue that have none, whosever."""
+        if not self._again or all(one.tidy for one in self._living()):
+            return
+        with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
+            recorded = read_submissions(plan)  # again, as another dispatcher may just have held the lock
+            theirs = {one.name: one.tidy for one in recorded}
+            if jobs := {one.name: one.job for one in self._living() if not theirs.get(one.name)}:
+                name = f"{PREFIX}tidy-{list(jobs.values())[-1]}"
+                script = write_script(plan, name, tidy_script(self._again, self._setup))
+                options = tidy_options(name, list(jobs.values()), self._asked, logs_of(plan, "tidy-%j"))
+                theirs |= dict.fromkeys(jobs, submit(options, script))
+                write_submissions(plan, [replace(one, tidy=theirs[one.name]) for one in recorded])
+        self._known = [replace(one, tidy=theirs.get(one.name, "")) for one in self._known]
 
     def _look(self, plan: Plan) -> None:
         """See which tasks live and which have left the queue.

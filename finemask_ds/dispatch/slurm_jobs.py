@@ -39,6 +39,8 @@ class Submission:
     """How many attempts there were at each cell."""
     job: str = ""
     """Its number; "" until sbatch has answered."""
+    tidy: str = ""
+    """Number of the small job after it; "" where somebody waits for it instead, or did."""
 
     @classmethod
     def new(cls, cells: Sequence[str], attempts: Sequence[int]) -> Submission:
@@ -146,5 +148,6 @@ def write_submissions(plan: Plan, submissions: Sequence[Submission]) -> None:
 
 def _submission(value: Any) -> Submission:
     return Submission(
-        str(value["name"]), tuple(map(str, value["cells"])), tuple(map(int, value["attempts"])), str(value["job"])
-    )
+        str(value["name"]), tuple(map(str, value["cells"])), tuple(map(int, value["attempts"])), str(value["job"]),
+        str(value.get("tidy", "")),
+    )  # fmt: skip

@@ -20,8 +20,9 @@ from finemask_ds.signals import Interrupted, Interruption
 
 RunCell = Callable[[Mapping[str, Any], Path, Interruption], None]
 """Runs the cell of some options in an attempt's folder and leaves result.json there; told when it is to end."""
-GRACE_SEC = 10.0
-"""From SIGTERM until a worker that does not end is killed."""
+GRACE_SEC = 600.0
+"""From SIGTERM until a worker that does not end is killed: it ends its step, an evaluation of all dev rows if that is
+due, and saves."""
 _LAUNCHERS = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|MASTER_ADDR|MASTER_PORT)$"
     r"|CROSS_|OMPI_|PMI|MPI_LOCAL|MV2_|ROLE_|GROUP_WORLD_|TORCHELASTIC_|ACCELERATE_|DEEPSPEED_"
@@ -30,7 +31,15 @@ _LAUNCHERS = re.compile(
 """Environment variables from which a worker would believe that it is one of several ranks."""
 
 
-def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str = "", job: str = "") -> int:
+def work(
+    root: Path,
+    run_cell: RunCell,
+    *,
+    cells: Collection[str] = (),
+    log: str = "",
+    job: str = "",
+    interruption: Interruption | None = None,
+) -> int:
     """Run cell after cell until none is free: each is done, failed for good or alive elsewhere.
 
     Cells that have failed come after those that have not. SIGTERM and Ctrl-C end the running cell without a
@@ -45,9 +54,11 @@ def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str
         log: the file that this process prints to.
         job: what its executor calls this process, the same after the executor has started it anew: then what it
             left unfinished before is over.
+        interruption: where somebody else is to know too whether this process was asked to end.
 
     Returns:
-        How many results it has left.
+        An exit code: 0 where nothing is free any more, 1 after an error of the program, 128 and the signal's number
+        where it was asked to end, so that whoever starts a worker anew knows whether there is more for it to do.
 
     Raises:
         UserError: where there is no plan or no such cell in it, or its folder cannot be written.
@@ -57,18 +68,16 @@ def work(root: Path, run_cell: RunCell, *, cells: Collection[str] = (), log: str
         raise UserError(f"--cell {unknown[0]} is not in the plan {root}; finemask status {root} shows it")
     if job:
         end_attempts([plan.folder(cell) for cell in plan.cells if not cells or cell.id in cells], job)
-    results, seen = 0, None
-    with Interruption().watching() as interruption:
+    seen = None
+    with (interruption or Interruption()).watching() as interruption:
         while not interruption.asked:
             seen = survey(Plan.read(root), seen)
             taken = _next(seen, cells, log, job)
             if taken is None:
-                break
-            fit, left = _run(seen.plan, *taken, run_cell, interruption)
-            results += left
-            if not fit:
-                break
-    return results
+                return 0
+            if not _run(seen.plan, *taken, run_cell, interruption) and not interruption.asked:
+                return 1
+    return 128 + interruption.signal
 
 
 def _next(seen: Survey, only: Collection[str], log: str, job: str) -> tuple[Cell, Claim] | None:
@@ -79,8 +88,8 @@ def _next(seen: Survey, only: Collection[str], log: str, job: str) -> tuple[Cell
     return None
 
 
-def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption: Interruption) -> tuple[bool, int]:
-    """Whether this process is fit for another cell, and how many results it has left (0 or 1)."""
+def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption: Interruption) -> bool:
+    """Whether this process is fit for another cell."""
     attempt, start, fit = claimed.attempt, time.monotonic(), True
     with claimed.held(plan.stale_sec):
         try:
@@ -102,7 +111,7 @@ def _run(plan: Plan, cell: Cell, claimed: Claim, run_cell: RunCell, interruption
         published = attempt.publish(cell.task)
     state = "done" if published else "interrupted" if interruption.asked else "failed"
     print(f"{cell.id}: {state} after {time.monotonic() - start:.1f} s", flush=True)
-    return fit, int(published)
+    return fit
 
 
 def _check_mask(cell: Cell) -> None:
@@ -116,14 +125,15 @@ def alone(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if not _LAUNCHERS.match(name)}
 
 
-def end_with(parent: int) -> None:
-    """From now on, end this process tidily once its parent is gone, and in any case a moment later."""
+def end_with(parent: int, interruption: Interruption) -> None:
+    """From now on, end this process once its parent is gone: tidily, but at once where it was asked to end before."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SEC)
+        if not interruption.asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(GRACE_SEC)
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +15,14 @@ from typing import Any
 
 import torch
 
+from finemask_ds import hostprocess
 from finemask_ds.config import Config, ImpConfig, MagnitudeConfig, PretrainConfig, SweepConfig, TamtConfig
 from finemask_ds.errors import UserError
-from finemask_ds.hostprocess import free_port
 from finemask_ds.options import parse
 from finemask_ds.report.table import aligned, markdown
 from finemask_ds.run import Run, read_json, write_json
 from finemask_ds.search.dense import builtin_folder
+from finemask_ds.signals import Interrupted, Interruption
 
 CONFIGS: Mapping[str, type[Config]] = {
     "dispatch.py": SweepConfig,
@@ -60,13 +63,23 @@ class Stage:
         """Whether it finds a mask."""
         return self.launcher not in ("pretrain.py", "dispatch.py")
 
-    def check(self, shared: Sequence[str]) -> Config:
+    def check(self, root: Path, shared: Sequence[str]) -> Config:
         """The configuration that its options make.
 
         Raises:
-            UserError: for an unknown option or a value that cannot be.
+            UserError: for an unknown option or a value that cannot be; for a search whose run directory, which only its
+                name tells, was made by other options.
         """
-        return parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
+        config = parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
+        if self.searches:
+            try:
+                Run.open(
+                    self.run(root).folder, config.identity(), config.defaults(), config.method,
+                    volatile=config.volatile, begin=False,
+                )  # fmt: skip
+            except UserError as error:
+                raise UserError(f"stage {self.name}: {error}, or delete that folder to search anew") from error
+        return config
 
     def run(self, root: Path) -> Run:
         """The stage's run directory (the built-in model is in the cache, for all runs of this machine)."""
@@ -90,8 +103,11 @@ def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> di
         shared: options of every search.
 
     Raises:
-        UserError: where a stage fails; the same command goes on from there.
+        UserError: before the first stage for what `Stage.check` refuses of any; where a stage fails, and the same
+            command goes on from there.
     """
+    for stage in stages:
+        stage.check(root, shared)
     for number, stage in enumerate(stages, 1):
         run_stage(stage, root, shared, f"[{number}/{len(stages)}] ")
     found = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.searches}
@@ -104,14 +120,44 @@ def run_stage(stage: Stage, root: Path, shared: Sequence[str] = (), label: str =
 
     Raises:
         UserError: where it fails.
+        Interrupted: where this process was asked to end meanwhile.
     """
     if stage.is_done(root):
         print(f"{label}{stage.name}: done", flush=True)
         return
-    command = stage.command(root, shared, free_port("127.0.0.1"))
+    command = stage.command(root, shared, hostprocess.free_port("127.0.0.1"))
     print(f"{label}{stage.name}: {shlex.join(command)}", flush=True)
-    if (code := subprocess.run(command, env=_environment(stage.ranks), check=False).returncode) != 0:
+    if (code := _run(command, _environment(stage.ranks), stage.ranks)) != 0:
         raise UserError(f"stage {stage.name} ended with code {code}, see above; start the same command to go on")
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], ranks: int) -> int:
+    """Run a command to its end; its exit code.
+
+    It lives in a session of its own: a Ctrl-C would reach DeepSpeed's launcher too, which then ends other runs as well.
+
+    Raises:
+        Interrupted: where this process was asked to end, once the command has saved and ended; a further signal ends it
+            at once.
+    """
+    launch = secrets.token_hex(16)
+    with Interruption().watching() as interruption:
+        process = subprocess.Popen(command, env={**environment, hostprocess.VARIABLE: launch}, start_new_session=True)
+        told = False
+        while process.poll() is None:
+            if interruption.asked and not told:
+                told = True
+                print("finemask: asked to end, once the stage has saved; Ctrl-C again ends it at once", file=sys.stderr)
+                if not ranks:
+                    process.terminate()
+                elif not hostprocess.ask(launch):
+                    hostprocess.end(launch, 0)  # There is nothing to save yet.
+            if interruption.insists:
+                hostprocess.end(launch, 0)
+            time.sleep(0.05)
+    if interruption.asked:
+        raise Interrupted(interruption.signal)
+    return process.returncode
 
 
 def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> str:

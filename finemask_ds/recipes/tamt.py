@@ -76,22 +76,22 @@ def run_recipe(config: TamtRecipeConfig) -> str:
     options += ["--tasks", *config.tasks] if config.tasks else []
     options += ["--data", config.task_data] if config.task_data else []
     sweep = Stage("downstream", "dispatch.py", (*options, *_words("--finetune", config.finetune)), ranks=0)
-    check(plan.searches, sweep, shared)
+    check(plan.searches, sweep, root, shared)
     print(f"{len(plan.searches)} searches, {len(plan.masks)} masks to fine-tune", flush=True)
     run_stages(plan.searches, root, shared)
     run_stage(sweep, root)
     return compare(sweep.run(root), config.sparsities)
 
 
-def check(searches: Sequence[Stage], sweep: Stage, shared: Sequence[str]) -> None:
+def check(searches: Sequence[Stage], sweep: Stage, root: Path, shared: Sequence[str]) -> None:
     """Refuse, before hours of searches, what would end one of them or the sweep after them.
 
     Raises:
-        UserError: for options that a stage does not have, unknown tasks or missing rows.
+        UserError: for options that a stage does not have or its folder was not made by, unknown tasks or missing rows.
     """
     for stage in searches:
-        stage.check(shared)
-    asked = sweep.check(shared)
+        stage.check(root, shared)
+    asked = sweep.check(root, shared)
     assert isinstance(asked, SweepConfig)
     check_tasks([task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)], asked.data)
 

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     root, address, *needs = sys.argv[1:]
     code = 0
     try:
-        executor = RayExecutor(address, job_options=needs, command=COMMAND, grace_sec=2.0, gone_sec=5.0)
+        executor = RayExecutor(address, job_options=needs, command=COMMAND, gone_sec=5.0)
         dispatch(Plan.read(Path(root)), executor, poll_sec=0.1)
     except UserError as error:
         print(f"finemask: {error}", file=sys.stderr)

@@ -136,6 +136,20 @@ def test_interrupted_or_killed_dispatchers_leave_no_worker_and_the_same_command_
     assert {tuple(starts(plan, name)) for name in names} == {("1", "2", "3")}
 
 
+def test_workers_save_before_they_end_unless_ctrl_c_comes_again(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    cells = [cell("quick", do="save", seconds=0), cell("slow", do="save", seconds=900)]
+    plan = Plan.write(tmp_path / "plan", cells)
+    process, log = start(ray_cluster, plan, tmp_path / "log"), tmp_path / "log"
+    wait_until(lambda: all(starts(plan, one.id) for one in cells), 60, "both run")
+    os.kill(dispatcher_of(plan), signal.SIGINT)
+    wait_until(lambda: "until the workers have saved; Ctrl-C again" in log.read_text(), 20, "told")
+    assert [path.parent.parent.name for path in plan.root.glob("cells/*/attempt-1/saved")] == ["quick"]
+    os.kill(dispatcher_of(plan), signal.SIGINT)
+    assert process.wait(40) == 130, log.read_text()
+    wait_for_no_worker(plan)
+    assert {standing.state for standing in survey(plan).standings.values()} == {State.WAITING}
+
+
 def test_a_sweep_of_a_real_model_ends_in_a_page_and_torch_is_in_no_process_of_ray(
     ray_cluster: RayCluster, toy_bert: Path, toy_tasks: Path, toy_mask: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +178,18 @@ def test_a_sweep_of_a_real_model_ends_in_a_page_and_torch_is_in_no_process_of_ra
     ours = [path for path in every if (path / "cmdline").read_bytes().startswith(b"ray::")]
     assert ours
     assert not [path for path in ours if "libtorch" in (path / "maps").read_text()]
+
+
+def test_a_token_in_its_usual_place_lets_the_dispatcher_in(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Without a word in the environment, which ranks that ssh has started do not get."""
+    told, plan = ray_cluster.environment, Plan.write(tmp_path / "plan", [cell("one")])
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").symlink_to(str(told["RAY_AUTH_TOKEN_PATH"]))
+    environment = {**told, "RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None, "HOME": str(tmp_path)}
+    words = [*PYTHON, str(plan.root), ray_cluster.address]
+    done = ray_cluster.hosts.run("node1", words, 90, environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("1 of 1 cells are done, 0 failed\n")
 
 
 def test_a_node_that_does_not_see_the_plan_is_named(ray_cluster: RayCluster, tmp_path: Path) -> None:

@@ -24,13 +24,20 @@ from tests.conftest import REPOSITORY
 from tests.dispatch.toys import cell, diary, failure, result, starts, write_mask
 
 END_SEC = 120.0
+ONE_ARRAY = """#!/bin/sh
+case "$*" in *--array=*)
+    [ ! -e {mark} ] || {{ echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }}
+    : >{mark} ;;
+esac
+exec {sbatch} "$@"
+"""
 WITHOUT_SACCT = ("sbatch", "squeue", "scontrol")
 
 
 class Dispatcher:
     """A process that dispatches a plan, as a person on a login node would; only three of Slurm's commands are there."""
 
-    def __init__(self, slurm: Slurm, plan: Plan, *options: object, most_tasks: int = 0):
+    def __init__(self, slurm: Slurm, plan: Plan, *options: object, most_tasks: int = 0, one_array: bool = False):
         folder = plan.root.parent
         programs = folder / "bin"
         programs.mkdir(exist_ok=True)
@@ -41,6 +48,12 @@ class Dispatcher:
             (programs / "scontrol").unlink()
             (programs / "scontrol").write_text(f"#!/bin/sh\necho 'MaxArraySize            = {most_tasks}'\n")
             (programs / "scontrol").chmod(0o755)
+        if one_array:
+            (programs / "sbatch").unlink()
+            (programs / "sbatch").write_text(
+                ONE_ARRAY.format(mark=programs / "submitted", sbatch=shutil.which("sbatch"))
+            )
+            (programs / "sbatch").chmod(0o755)
         self.log = folder / f"dispatcher-{len(list(folder.glob('dispatcher-*')))}.log"
         with open(self.log, "wb") as stream:
             self.process = subprocess.Popen(
@@ -247,9 +260,37 @@ def test_who_does_not_wait_leaves_a_small_job_that_goes_on(slurm: Slurm, tmp_pat
     wait_until(lambda: not queue(slurm), 90, "nothing is left in the queue")
     assert states(plan) == {"bad": "failed", "dies": "done", "good": "done"}
     assert starts(plan, "bad") == ["1", "2"], "as often as the plan allows, though each look starts from nothing"
-    logs = [path.read_text() for path in sorted(plan.logs.glob("slurm-tidy-*.log"))]
+    logs = sorted(plan.logs.glob("slurm-tidy-*.log"), key=lambda path: path.stat().st_mtime)
     assert len(logs) == len(arrays(plan)) == 2
-    assert logs[-1].endswith("2 of 3 cells are done, 1 failed\n")
+    assert logs[-1].read_text().endswith("2 of 3 cells are done, 1 failed\n")
+
+
+@pytest.mark.slow
+def test_who_does_not_wait_leaves_a_small_job_after_what_others_have_submitted_too(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    """Once, whoever comes; also where the next array is refused."""
+    plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(2)])
+    first = Dispatcher(slurm, plan)
+    wait_until(lambda: all(starts(plan, one.id) for one in plan.cells), 60, "both run")
+    first.process.send_signal(signal.SIGINT)
+    assert " and the same command finds them again; " in first.end(code=130)
+    left = r"^job\(s\) (\d+) stay in Slurm's queue and job (\d+) goes on after them; scancel \1 \2 ends them$"
+    told = [re.findall(left, Dispatcher(slurm, plan, "--wait", "no").end(), re.M) for _ in range(2)]
+    assert len(told[0]) == 1
+    assert told[0] == told[1]
+    assert len(list((plan.root / "slurm").glob("*tidy*.sh"))) == 1
+
+    more = Plan.write(tmp_path / "more" / "plan", [cell(f"cell-{number}", do="hold") for number in range(3)])
+    refused = Dispatcher(slurm, more, "--wait", "no", most_tasks=2, one_array=True).end(code=1)
+    assert "finemask: sbatch refuses the job (QOSMaxSubmitJobPerUserLimit" in refused
+    assert re.findall(left, refused, re.M)
+    (tmp_path / "more" / "bin" / "submitted").unlink()  # so that the small job, which finds it on its PATH, may submit
+    for one in (plan, more):
+        (one.root / "go").touch()
+    wait_until(lambda: not queue(slurm), 90, "nothing is left in the queue")
+    for one, done in ((plan, "2 of 2 cells are done, 0 failed"), (more, "3 of 3 cells are done, 0 failed")):
+        assert any(done in path.read_text() for path in one.logs.glob("slurm-tidy-*.log"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 from finemask_ds.commands.sweep import add_worker_arguments, run_worker
 from finemask_ds.errors import UserError
 from finemask_ds.run import write_json
-from finemask_ds.signals import Interruption
+from finemask_ds.signals import Interrupted, Interruption
 
 
 def run_cell(options: Mapping[str, Any], folder: Path, interruption: Interruption) -> None:
@@ -27,6 +27,9 @@ def run_cell(options: Mapping[str, Any], folder: Path, interruption: Interruptio
     kind = options.get("do", "")
     if number in options.get("on", [number]):
         act(kind, options, folder)
+    if kind == "save":
+        with interruption.deferred():
+            save_when_asked(options["seconds"], folder, interruption)
     deadline = start + options.get("seconds", 0)
     while time.monotonic() < deadline or (kind == "hold" and not (folder.parents[2] / "go").exists()):
         time.sleep(0.02)
@@ -60,6 +63,14 @@ def act(kind: str, options: Mapping[str, Any], folder: Path) -> None:
         (folder.parent / "child").write_text(str(child))
 
 
+def save_when_asked(seconds: float, folder: Path, interruption: Interruption) -> None:
+    while not interruption.asked:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    (folder / "saved").touch()
+    raise Interrupted(interruption.signal)
+
+
 def measure_cell(options: Mapping[str, Any]) -> float:
     if options.get("do") == "unmeasurable":
         raise UserError("there is no training file in data/MRPC; type --data FOLDER")
@@ -75,7 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     add_worker_arguments(parser)
     try:
-        run_worker(parser.parse_args(), run_cell, measure_cell)
+        sys.exit(run_worker(parser.parse_args(), run_cell, measure_cell))
     except UserError as error:
         print(f"finemask: {error}", file=sys.stderr)
         print(json.dumps(sys.argv), file=sys.stderr)

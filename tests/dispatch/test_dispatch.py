@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from finemask_ds.cli import main
 from finemask_ds.dispatch.attempt import attempts_of
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.survey import State, survey
@@ -111,6 +112,22 @@ def test_a_worker_killed_from_outside_in_mid_cell(tmp_path):
     assert states(plan) == {"held": "done", "other": "done"}
 
 
+def test_a_worker_ends_with_0_only_where_nothing_is_free_any_more(tmp_path):
+    """As Kubernetes starts an index anew unless it ends so."""
+    plan = Plan.write(tmp_path / "plan", [cell("bad", do="fail"), cell("held", do="hold")], retries=0)
+    worker = python("fake_worker.py", plan.root, "--job", "cells-0")
+    worker.communicate(timeout=WAIT_SEC)
+    assert (worker.returncode, states(plan)) == (1, {"bad": "failed", "held": "waiting"})
+    worker = python("fake_worker.py", plan.root, "--job", "cells-0")
+    until(lambda: starts(plan, "held"))
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=WAIT_SEC)
+    assert (worker.returncode, states(plan)) == (128 + signal.SIGTERM, {"bad": "failed", "held": "waiting"})
+    assert main(["worker", str(plan.root)]) == 1, "what the fake cells are told is no option of a real one"
+    assert main(["worker", str(plan.root)]) == 0
+    assert set(states(plan).values()) == {"failed"}
+
+
 @pytest.mark.slow
 def test_two_dispatchers_on_one_plan_never_run_a_cell_twice_at_a_time(tmp_path):
     cells = [cell(f"cell-{number}", seconds=0.05, do="fail", on=[1] if number % 3 == 0 else []) for number in range(12)]
@@ -164,10 +181,39 @@ def test_a_workers_own_children_do_not_outlive_it(tmp_path):
     until(lambda: not lives(child))
 
 
+def test_workers_may_take_long_to_save_unless_ctrl_c_comes_again(tmp_path):
+    plan = Plan.write(tmp_path / "plan", [cell("quick", do="save", seconds=0), cell("slow", do="save", seconds=900)])
+    process = python("fake_dispatch.py", plan.root, 2)
+    until(lambda: starts(plan, "quick") and starts(plan, "slow"))
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    told = process.stderr.readline()
+    assert told == "finemask: waiting until the workers have saved; Ctrl-C again ends them at once\n"
+    assert len(workers_of(plan)) == 1
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=WAIT_SEC)
+    assert process.returncode == 128 + signal.SIGINT
+    assert workers_of(plan) == []
+    assert states(plan) == {"quick": "waiting", "slow": "waiting"}
+    assert [path.parent.parent.name for path in plan.root.glob("cells/*/attempt-1/saved")] == ["quick"]
+
+
+@pytest.mark.slow
+def test_a_worker_whose_cell_another_has_done_is_not_awaited_for_long(tmp_path):
+    plan = Plan.write(tmp_path / "plan", [cell("one", do="save", seconds=900)])
+    process = python("fake_dispatch.py", plan.root, 1)
+    until(lambda: starts(plan, "one"))
+    (plan.folder(plan.cells[0]) / "result.json").write_text('{"task": "mrpc", "score": 0.5}')
+    output, errors = process.communicate(timeout=WAIT_SEC)
+    assert (process.returncode, errors) == (0, "")
+    assert output.endswith("1 of 1 cells are done, 0 failed\n")
+    assert workers_of(plan) == []
+
+
 @pytest.mark.slow
 def test_a_stopped_worker_is_killed_at_the_end_of_the_grace(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("held", do="hold")], retries=0)
-    process = python("fake_dispatch.py", plan.root, 1)
+    process = python("fake_dispatch.py", plan.root, 1, 1.0)
     until(lambda: starts(plan, "held"))
     os.kill(attempts_of(plan.folder(plan.cells[0]))[0].facts()["pid"], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)

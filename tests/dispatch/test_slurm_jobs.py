@@ -92,6 +92,9 @@ def test_what_was_submitted_is_found_again(tmp_path: Path) -> None:
     written = [Submission.new(["one"], [2]), Submission("finemask-0", ("one",), (0,), "12")]
     write_submissions(plan, written)
     assert read_submissions(plan) == written
+    before = {"name": "finemask-0", "cells": ["one"], "attempts": [0], "job": "12"}  # before small jobs were recorded
+    write_json(tmp_path / "slurm" / "jobs.json", [before])
+    assert read_submissions(plan) == written[1:]
     for broken in ('{"a": 1}', "[1]", '[{"name": "a"}]'):
         (tmp_path / "slurm" / "jobs.json").write_text(broken)
         with pytest.raises(UserError, match=r"jobs\.json is no record .* cancel the plan's jobs and delete it$"):

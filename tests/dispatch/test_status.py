@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from finemask_ds.cli import main
 from finemask_ds.dispatch.attempt import attempts_of, claim
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.status import show_status
@@ -77,6 +78,17 @@ def test_a_plan_that_nobody_works_on_says_so(plan):
     assert "1 of 6 cells are done; nothing runs: dispatch again to go on, unless they wait in Slurm's queue\n" in shown(
         plan
     )
+
+
+def test_asked_to_it_gives_failed_cells_new_attempts_and_the_plan_no_new_cells(plan, capsys):
+    before = (plan.root / "plan.json").read_bytes()
+    assert main(["status", str(plan.root), "--retry"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("failed cells that wait for a worker again: 1\n")
+    assert ("total", "1", "1", "-", "4", "6") in {tuple(line.split()) for line in output.splitlines()}
+    assert (plan.root / "plan.json").read_bytes() == before
+    assert main(["status", str(plan.root), "--retry"]) == 0
+    assert capsys.readouterr().out.startswith("failed cells that wait for a worker again: 0\n")
 
 
 def test_looking_changes_nothing(plan):
