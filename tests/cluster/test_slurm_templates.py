@@ -115,10 +115,10 @@ def test_the_sites_options_are_the_cells_or_refused_before_anything_is_submitted
         (tmp_path / program).chmod(0o755)
 
     def run(template: str, options: str, **told: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "site.sh").write_text(
-            (REPOSITORY / "jobs/slurm/site.sh").read_text().replace("SITE_OPTIONS=()", f"SITE_OPTIONS=({options})")
-        )
-        told |= {"FINEMASK_SITE": str(tmp_path / "site.sh"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        site = (REPOSITORY / "jobs/slurm/site.sh").read_text().replace("SITE_OPTIONS=()", f"SITE_OPTIONS=({options})")
+        # After its own lines, which may put an environment's python first.
+        (tmp_path / "site.sh").write_text(f"{site}\nPATH={tmp_path}:$PATH\n")
+        told |= {"FINEMASK_SITE": str(tmp_path / "site.sh")}
         return subprocess.run(
             ["bash", f"jobs/slurm/{template}"], cwd=REPOSITORY, env={**os.environ, **told}, capture_output=True,
             text=True, check=False,
