@@ -22,7 +22,7 @@ from finemask_ds.dispatch.survey import State
 from finemask_ds.engine.local import accelerated
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
-from finemask_ds.finetune.job import check_cells, check_tasks, with_model
+from finemask_ds.finetune.job import check_cells, check_tasks, check_warmups, with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.lock import lives
 from finemask_ds.options import parse
@@ -63,6 +63,7 @@ def sweep(config: SweepConfig) -> str:
     check_cells(
         tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
     )
+    check_warmups(config, tasks)
     executor = executor_of(config)
     plan = Plan.write(root, cells, retries=config.retries)
     seen = dispatch(plan, executor, forgive=config.wait != "tidy")

@@ -23,7 +23,7 @@ from finemask_ds.config import (
 from finemask_ds.data.sources import find_text
 from finemask_ds.engine.guard import check_ranks, describe_ranks
 from finemask_ds.engine.launched import join_launch
-from finemask_ds.engine.settings import check_numbers, numbers_of, read_settings
+from finemask_ds.engine.settings import check_numbers, check_settings, numbers_of, read_settings
 from finemask_ds.engine.shared import at_work_in
 from finemask_ds.engine.termination import Terminated, Termination
 from finemask_ds.engine.world import World, launched_rank, this_process
@@ -32,7 +32,7 @@ from finemask_ds.options import parse
 from finemask_ds.report.heatmap import distance_map
 from finemask_ds.search import imp, magnitude, tamt
 from finemask_ds.search.conclude import conclude
-from finemask_ds.search.dense import builtin_corpus, builtin_model, resolve_model, trained_head
+from finemask_ds.search.dense import builtin_corpus, builtin_folder, builtin_model, resolve_model, trained_head
 from finemask_ds.search.outcome import Outcome
 from finemask_ds.search.setting import Setting, batching_of, open_setting
 from finemask_ds.signals import Interrupted
@@ -82,14 +82,15 @@ def _look_before(config: TrainingConfig, world: World) -> None:
 
     Raises:
         UserError: where the text or the DeepSpeed file is not to be found, the ranks cannot share a step's sequences,
-            or the file fixes another number than the command line.
+            or the file fixes another number than the command line or asks for what it cannot have.
     """
     batching = batching_of(config, world)
     if config.data != "builtin":
         find_text(config.data)
     if config.deepspeed:
-        ours = numbers_of(batching, world.size, config.max_grad_norm)
-        check_numbers(read_settings(config.deepspeed), ours, config.deepspeed)
+        settings, ours = read_settings(config.deepspeed), numbers_of(batching, world.size, config.max_grad_norm)
+        check_settings(settings, config.deepspeed)
+        check_numbers(settings, ours, config.deepspeed)
 
 
 @contextlib.contextmanager
@@ -117,7 +118,8 @@ def ranks_of(config: TrainingConfig) -> Iterator[World]:
 def pretrain(config: PretrainConfig) -> str:
     """Make the built-in model where it is missing; its folder."""
     with ranks_of(config) as world:
-        world.on_first(lambda: _look_before(config, world))
+        if not world.on_first(builtin_folder(config).exists):
+            world.on_first(lambda: _look_before(config, world))
         return str(builtin_model(config, world))
 
 

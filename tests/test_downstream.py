@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from finemask_ds.config import MagnitudeConfig, SweepConfig, TamtRecipeConfig
+from finemask_ds.data.tasks import task_named
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.downstream import search_then_sweep, sweep
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
+from finemask_ds.finetune.job import check_warmups
 from finemask_ds.masks.files import load_mask
 from finemask_ds.options import parse
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages
@@ -71,6 +73,18 @@ def test_a_sweep_ends_in_a_page_and_a_second_call_runs_nothing(
 def test_an_unknown_task_of_a_sweep_is_told_by_the_option_that_sweeps_have() -> None:
     with pytest.raises(UserError, match=r"^--tasks 'mrpc,cola' is unknown; type one of cola, "):
         sweep(SweepConfig(tasks=("mrpc,cola",)))
+
+
+def test_a_warm_up_too_long_for_one_of_the_cells_is_told_before_any(
+    toy_bert: Path, toy_tasks: Path, tmp_path: Path
+) -> None:
+    """With 16 rows one step of 16 in each of three epochs; all 48 rows have three."""
+    asked: dict[str, Any] = {"model": str(toy_bert), "data": str(toy_tasks), "tasks": ("cola",), "batch_size": 16}
+    asked |= {"epochs": 3, "num_samples": (0, 16), "run": str(tmp_path / "s")}
+    with pytest.raises(UserError, match=r"--warmup_steps 3 .* less than the 3 steps of --epochs on 16 rows of CoLA"):
+        sweep(SweepConfig(warmup_steps=3, **asked))
+    assert not (tmp_path / "s").exists()
+    check_warmups(SweepConfig(warmup_steps=2, **asked), [task_named("cola")])
 
 
 @pytest.mark.slow

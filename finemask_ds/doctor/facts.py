@@ -17,7 +17,7 @@ import torch
 from finemask_ds.config.doctor import DoctorConfig
 from finemask_ds.doctor.versions import installed
 from finemask_ds.engine.precision import BLOCKS, is_fast, resolve_precision
-from finemask_ds.engine.settings import read_settings
+from finemask_ds.engine.settings import check_settings, read_settings
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.run import cache_dir
@@ -122,7 +122,9 @@ def _look_for(config: DoctorConfig, world: World) -> tuple[dict[str, str], str]:
 
     def read_deepspeed_file() -> None:
         nonlocal computes_in
-        computes_in = resolve_precision(read_settings(config.deepspeed), world.device, config.deepspeed)[1].told
+        settings = read_settings(config.deepspeed)
+        check_settings(settings, config.deepspeed)
+        computes_in = resolve_precision(settings, world.device, config.deepspeed)[1].told
 
     checks: dict[str, Callable[[], None]] = {}
     if config.deepspeed:

@@ -29,8 +29,8 @@ KEYS = frozenset({
     "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb", "weight_quantization",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })  # fmt: skip
-"""What DeepSpeed 0.19.8 reads of a file, in today's spelling; it ignores any other key (tests/engine/test_settings.py).
-"""
+"""What DeepSpeed 0.19.8 reads of a file, in today's spelling, but for a key of sequence parallelism, which is none of a
+file's; it ignores any other (tests/engine/test_settings.py)."""
 
 REMOVED = frozenset({
     "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
@@ -43,11 +43,11 @@ _INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "ze
 
 _HONOURED: Mapping[str, tuple[str, ...]] = {
     "fp16": ("enabled", *LOSS_SCALE_KEYS),
-    "bf16": ("enabled", *LOSS_SCALE_KEYS),
+    "bf16": ("enabled", *LOSS_SCALE_KEYS, "check_grad_overflow"),
     "torch_autocast": ("enabled", "dtype"),
     "data_types": ("grad_accum_dtype",),
 }
-"""Block that DeepSpeed gets made anew -> the keys that are read of the file's."""
+"""Block that DeepSpeed gets made anew -> the keys that are read of the file's, or ask for what is done in any case."""
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
@@ -85,8 +85,9 @@ def _check_keys(settings: Mapping[str, Any], file: str | Path) -> None:
     for key in settings:
         _check_key(key, KEYS, str(file))
     for block, known in _HONOURED.items():
-        for key, value in (settings.get(block) or {}).items():
-            if not _is_off(value):
+        asked = settings.get(block) or {}
+        for key, value in asked.items():
+            if not _is_off(value) and not _is_off(asked.get("enabled", True)):
                 _check_key(key, known, f'{file}, in its "{block}" block,')
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from finemask_ds.config import CellKnobs, FinetuneConfig
+from finemask_ds.config import CellKnobs, FinetuneConfig, SweepConfig
 from finemask_ds.config.knobs import check_warmup
 from finemask_ds.data.examples import check_data, has_split, load_split
 from finemask_ds.data.features import Features, TaskBatches, class_features
@@ -171,6 +171,21 @@ def check_cells(tasks: Sequence[Task], masks: Sequence[str], data: str, *, model
         downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
         for found in map(MaskFile.read, masks):
             downstream.fitted(found.mask, str(found.path))
+
+
+def check_warmups(config: SweepConfig, tasks: Sequence[Task]) -> None:
+    """Check that in every cell of a sweep the rate reaches its peak; reads rows where ``--warmup_steps`` is typed.
+
+    Raises:
+        UserError: for the first task with too few steps.
+    """
+    if config.steps or not config.warmup_steps:
+        return
+    for task in tasks:
+        for num_samples in config.num_samples:
+            num_rows = num_samples or len(load_split(task, config.data, "train"))
+            steps = -(-num_rows // (config.batch_size or task.batch_size)) * (config.epochs or task.epochs)
+            check_warmup(config.warmup_steps, steps, f"--epochs on {num_rows} rows of {task.title}")
 
 
 def resolved(config: FinetuneConfig, task: Task, max_positions: int) -> FinetuneConfig:

@@ -30,7 +30,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
     Raises:
         UserError: where the mask is for another model, or its family is unknown.
     """
-    family, parameters = family_of(model.config.model_type), dict(model.named_parameters())  # type: ignore[union-attr,arg-type]
+    family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # A tied matrix under either name.
     own = {name: name if name in parameters else name.removeprefix(f"{family.backbone}.") for name in mask}
     lacked = {name for name in mask if own[name] not in parameters and _is_pooler(family, name)}
     shapes = {name: tuple(parameters[place].shape) for name, place in own.items() if place in parameters}

@@ -92,6 +92,11 @@ def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) 
     """
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model, tokenizer, drawn = load_model(name, "AutoModelForMaskedLM", options, seed=0)
+    family = family_of(model.config.model_type)
+    if f"{family.decoder}.weight" in drawn:
+        # Of a model that was exported untied and has lost its head since: a head is never trained before noise.
+        model.get_submodule(family.decoder).weight = model.get_submodule(family.embedding).weight
+        model.config.tie_word_embeddings = True
     if "pooler" in TARGETS[targets]:
         with loading(name):
             add_pooler(model, name)
@@ -128,6 +133,11 @@ def load_model(name: str, auto: str, options: Mapping[str, Any], *, seed: int) -
                 output_loading_info=True,
             )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # The encoder before the rest, so that a tied matrix has its name (XLM-R's head is made first).
+    for child, module in list(model.named_children()):
+        if child != family.backbone:
+            delattr(model, child)
+            setattr(model, child, module)
     drawn = sorted(report["missing_keys"])
     encoder, pooler = f"{family.backbone}.", f"{family.backbone}.pooler."
     if lacked := [key for key in drawn if key.startswith(encoder) and not key.startswith(pooler)]:

@@ -68,17 +68,23 @@ def test_no_key_of_a_block_is_lost_in_silence(tmp_path: Path, settings: dict[str
 
 
 def test_what_asks_for_nothing_may_stand_in_a_block(tmp_path: Path) -> None:
-    """As files written for transformers' Trainer have it."""
+    """As files written for transformers' Trainer, and DeepSpeed's own example, have it; or one that is off."""
     settings = {
         "fp16": {"enabled": "auto", "auto_cast": False, "loss_scale": 0, "loss_scale_window": 1000,
                  "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1},
         "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": "auto"},
-        "torch_autocast": {"enabled": False, "lower_precision_safe_modules": []},
+        "torch_autocast": {"enabled": False, "lower_precision_safe_modules": ["torch.nn.Linear"]},
         "data_types": {"grad_accum_dtype": "auto", "keep_in_fp32_modules": "auto"},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "steps_per_print": 2000, "wall_clock_breakdown": False,
     }  # fmt: skip
     path = tmp_path / "x.json"
+    path.write_text(json.dumps(settings))
+    assert read_settings(path) == settings
+    settings |= {
+        "fp16": {"enabled": False, "auto_cast": True},
+        "bf16": {"enabled": True, "immediate_grad_update": False, "check_grad_overflow": True},
+    }
     path.write_text(json.dumps(settings))
     assert read_settings(path) == settings

@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
 )
 
 import finemask_ds
@@ -30,7 +32,7 @@ from finemask_ds.masks.mask import Mask
 from finemask_ds.models.downstream import load_downstream
 from finemask_ds.models.export import export_checkpoint
 from finemask_ds.models.families import LAYER_ROLES, head_parameters, prunable
-from finemask_ds.models.load import load_pretrained, save_pretrained
+from finemask_ds.models.load import load_pretrained, save_folder, save_pretrained
 from finemask_ds.models.patch import attach
 
 
@@ -125,6 +127,44 @@ def test_a_broken_checkpoint_is_a_sentence(tmp_path: Path, toy_bert: Path) -> No
     for name in ("pointer", "shapes"):
         with pytest.raises(UserError, match="could not be loaded from the folder"):
             load_pretrained(str(tmp_path / name))
+
+
+def test_a_model_that_was_exported_untied_and_lost_its_head_has_the_embedding_as_decoder(
+    tmp_path: Path, toy_bert: Path
+) -> None:
+    """Its head, trained anew, would else stand before noise."""
+    exported = load_pretrained(str(toy_bert))
+    finemask_ds.apply_mask(exported.model, Mask.random(exported.shapes, 0.5, seed=1))
+    save_pretrained(exported, tmp_path / "exported")
+    tuned = load_downstream(str(tmp_path / "exported"), kind="regression", labels=(), dropout=None, seed=1)
+    save_folder(tuned.model, tuned.tokenizer, tmp_path / "tuned")
+    again = load_pretrained(str(tmp_path / "tuned"))
+    assert not again.has_head
+    family = again.family
+    weights = [again.model.get_submodule(path).weight for path in (family.decoder, family.embedding)]
+    assert weights[0] is weights[1]
+    save_pretrained(again, tmp_path / "again")
+    assert load_pretrained(str(tmp_path / "again")).digest() == again.digest()
+
+
+def test_xlm_roberta_names_its_shared_matrix_by_the_embedding(tmp_path: Path, toy_roberta: Path) -> None:
+    """In transformers its head is made before its encoder."""
+    folder, shape = tmp_path / "xlm", AutoConfig.from_pretrained(toy_roberta).to_dict()
+    shutil.copytree(toy_roberta, folder)
+    del shape["model_type"], shape["architectures"]
+    XLMRobertaForMaskedLM(XLMRobertaConfig(**shape)).save_pretrained(folder)
+    pretrained = load_pretrained(str(folder))
+    embedding = "roberta.embeddings.word_embeddings.weight"
+    assert pretrained.places[embedding].role == "Emb"
+    tuned = load_downstream(str(folder), kind="regression", labels=(), dropout=None, seed=1)
+    assert tuned.sha256 == pretrained.digest()
+    mask = Mask.random(pretrained.shapes, 0.5, seed=1)
+    plain = XLMRobertaForMaskedLM.from_pretrained(folder)
+    finemask_ds.apply_mask(plain, mask)
+    attach(pretrained.model, mask)
+    tokens = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, pretrained.model(tokens).logits)
 
 
 def test_unknown_models_and_families_are_sentences(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -112,6 +113,16 @@ def test_ranks_that_cannot_make_the_built_in_model_are_told_who_can(
     with mock.patch.dict(os.environ, FINEMASK_CACHE=str(tmp_path)):
         shutil.copytree(toy_bert, builtin_folder(SHORT()))
     assert pools[3].run(*asked) == ["made"] * 3
+
+
+def test_a_file_that_asks_for_what_it_cannot_have_is_refused_before_the_run_directory(
+    two_ranks: RankPool, toy_bert: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text)
+    config = dataclasses.replace(config, deepspeed=str(tmp_path / "x.json"))
+    assert all("from which no checkpoint can be written" in told for told in two_ranks.run(jobs.failed, config))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
