@@ -74,6 +74,8 @@ class CellResult:
     """None: the checkpoint's own."""
     weight_decay: float | None = None
     max_grad_norm: float | None = None
+    untold: frozenset[str] = frozenset()
+    """Settings that nothing tells any more: their None is no value."""
     train_sha256: str = ""
     data_sha256: str = ""
     """Of the dev rows."""
@@ -152,17 +154,18 @@ def finished_cell(path: Path, result: Mapping[str, Any]) -> CellResult:
 
 
 def _told_later(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that an older result lacks as the cell's config.json has them, None where that is gone too."""
+    """The knobs that an older result lacks as the cell's config.json has them, ``untold`` where that is gone too."""
     told: Mapping[str, Any] = result
     if any(name not in result for name in _TOLD_LATER):
         for path in (Run(folder).config, *folder.glob("attempt-*/config.json")):
             with contextlib.suppress(OSError, UserError, TypeError):
                 told = {**read_json(path), **told}
-    return {name: told.get(name) for name in _TOLD_LATER}
+    untold = frozenset(name for name in _TOLD_LATER if name not in told)
+    return {name: told.get(name) for name in _TOLD_LATER} | {"untold": untold}
 
 
 def differing(cells: Sequence[CellResult]) -> tuple[str, ...]:
-    """The settings in which finished cells of one number differ.
+    """The settings in which finished cells of one number differ; what a cell does not tell is no other setting.
 
     Fewer training rows are drawn by the seed, so that their hash may differ between seeds.
     """
@@ -170,7 +173,7 @@ def differing(cells: Sequence[CellResult]) -> tuple[str, ...]:
     found = []
     for name in SETTINGS:
         values: dict[int, set[Any]] = {}
-        for cell in done:
+        for cell in (cell for cell in done if name not in cell.untold):
             group = cell.seed if name == "train_sha256" and cell.num_samples else 0
             values.setdefault(group, set()).add(getattr(cell, name))
         if any(len(one) > 1 for one in values.values()):

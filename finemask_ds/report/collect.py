@@ -11,7 +11,7 @@ from typing import Any
 
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.errors import UserError, abbreviated
-from finemask_ds.report.cells import SETTINGS, CellResult, finished_cell, planned_cell
+from finemask_ds.report.cells import CellResult, differing, finished_cell, planned_cell
 from finemask_ds.report.origins import MaskOrigin, Origins
 from finemask_ds.run import Run, read_json
 
@@ -149,18 +149,20 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _once(cells: Sequence[CellResult]) -> tuple[list[CellResult], int]:
     """Each cell once, a finished one before one that is not, whatever folder it was found in.
 
-    Finished ones are the same where model, mask, rows, seed and settings are; ids alone are names of folders.
+    Finished ones are the same where model, mask, rows, seed and settings are, as far as these are known; ids alone are
+    names of folders.
     """
-    kept: dict[tuple[object, ...], CellResult] = {}
+    kept: dict[tuple[object, ...], list[CellResult]] = {}
     known = set()
-    for cell in sorted(cells, key=lambda cell: not cell.done):
+    for cell in sorted(cells, key=lambda cell: (not cell.done, len(cell.untold))):
         planned = (cell.backbone, cell.id)
         asked = (cell.backbone, cell.task, cell.mask_key, cell.seed, cell.num_samples)
-        settings = (getattr(cell, name) for name in SETTINGS)
-        if cell.done or planned not in known:
-            kept.setdefault((*asked, *settings) if cell.done else planned, cell)
+        alike = kept.setdefault(asked if cell.done else planned, [])
+        if all(differing((cell, other)) for other in alike) if cell.done else planned not in known:
+            alike.append(cell)
         known.add(planned)
-    return list(kept.values()), len(cells) - len(kept)
+    found = [cell for alike in kept.values() for cell in alike]
+    return found, len(cells) - len(found)
 
 
 def _with_models(cells: Sequence[CellResult]) -> list[CellResult]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from finemask_ds.report.cells import CellResult
 from finemask_ds.run import ON_THE_WAY, Run
 
-_Place = tuple[str, str, float | None]
-"""Model, method and sparsity: among the masks of one, seeds are all that differs, but for masks on the way."""
+_Mask = tuple[str, float | None, int | None]
+"""Key, sparsity and number of steps: among a method's masks of one sparsity, seeds are all else that differs."""
 
 
 def with_variants(cells: Sequence[CellResult]) -> list[CellResult]:
@@ -18,11 +19,11 @@ def with_variants(cells: Sequence[CellResult]) -> list[CellResult]:
 
     Masks found with other rates or another initialisation are not seeds of one method and are never averaged. Where
     settings are not known, as of imported masks, two masks of one seed tell that they are not: then each of the
-    method's masks is named by its file, as ``imported (wanda)``.
+    method's masks, at every sparsity, is named by its file, as ``imported (wanda)``.
     """
     named = _by_settings(cells)
     files = _by_file(named)
-    return [_called(cell, files.get((*_place(cell), cell.mask_key))) for cell in named]
+    return [_called(cell, files.get((cell.backbone, cell.method, cell.sparsity, cell.mask_key))) for cell in named]
 
 
 def _by_settings(cells: Sequence[CellResult]) -> list[CellResult]:
@@ -39,20 +40,21 @@ def _by_settings(cells: Sequence[CellResult]) -> list[CellResult]:
 
 
 def _by_file(cells: Sequence[CellResult]) -> dict[tuple[str, str, float | None, str], str]:
-    """A name for each mask of those methods that have two masks of one seed and number of steps at one sparsity."""
-    seeds: dict[_Place, dict[tuple[int | None, int | None], set[str]]] = {}
-    files: dict[_Place, dict[tuple[str, int | None], Path]] = {}
+    """A name for each mask of those methods that have two masks of one seed and number of steps at some sparsity."""
+    seeds: dict[tuple[str, str], dict[tuple[float | None, int | None, int | None], set[str]]] = {}
+    files: dict[tuple[str, str], dict[_Mask, Path]] = {}
     for cell in cells:
         if cell.done and cell.mask:
-            files.setdefault(_place(cell), {}).setdefault((cell.mask_key, cell.search_steps), Path(cell.mask))
+            method, mask = (cell.backbone, cell.method), (cell.mask_key, cell.sparsity, cell.search_steps)
+            files.setdefault(method, {}).setdefault(mask, Path(cell.mask))
             if not _is_on_the_way(cell):
-                found = seeds.setdefault(_place(cell), {})
-                found.setdefault((cell.search_steps, cell.mask_seed), set()).add(cell.mask_key)
+                found = seeds.setdefault(method, {})
+                found.setdefault((cell.sparsity, cell.search_steps, cell.mask_seed), set()).add(cell.mask_key)
     return {
-        (*place, key): name
-        for place, found in seeds.items()
+        (*method, sparsity, key): name
+        for method, found in seeds.items()
         if any(len(keys) > 1 for keys in found.values())
-        for (key, _), name in _names(files[place]).items()
+        for (key, sparsity, _), name in _names(files[method]).items()
     }
 
 
@@ -61,17 +63,30 @@ def _is_on_the_way(cell: CellResult) -> bool:
     return cell.origin is not None and cell.origin.path != Run(cell.origin.folder).mask
 
 
-def _names(files: Mapping[tuple[str, int | None], Path]) -> dict[tuple[str, int | None], str]:
-    """Masks by key and steps -> as much of the end of their search's folder, or file, as tells those of a step apart.
+def _names(files: Mapping[_Mask, Path]) -> dict[_Mask, str]:
+    """A method's masks -> as much of the end of their search's folder, or file, as tells those of a step apart.
 
-    Masks on the way of a search share its name; where files do not tell them apart, their bits do.
+    Masks on the way of a search share its name, and so do masks of several sparsities whose paths differ in these
+    alone: ``wanda-50`` and ``wanda-70`` are ``wanda-*``, one line of a figure. Where files do not tell masks apart,
+    their bits do.
     """
+    sparsities = {sparsity or 0.0 for _, sparsity, _ in files}
     homes = {mask: _home(path) for mask, path in files.items()}
-    for depth in range(1, max(len(home.parts) for home in homes.values()) + 1):
-        names = {mask: "/".join(home.parts[-depth:]) for mask, home in homes.items()}
-        if len({(steps, names[key, steps]) for key, steps in names}) == len(names):
-            return names
-    return {(key, steps): f"{home.name} {key[:8]}" for (key, steps), home in homes.items()}
+    if len(sparsities) > 1:
+        homes = {mask: _starred(home, sparsities) for mask, home in homes.items()}
+    if len({(sparsity, steps, home) for (_, sparsity, steps), home in homes.items()}) == len(homes):
+        different = {(steps, home) for (_, _, steps), home in homes.items()}
+        for depth in range(1, max(len(home.parts) for home in homes.values()) + 1):
+            names = {mask: "/".join(home.parts[-depth:]) for mask, home in homes.items()}
+            if len({(steps, name) for (_, _, steps), name in names.items()}) == len(different):
+                return names
+    return {mask: f"{home.name} {mask[0][:8]}" for mask, home in homes.items()}
+
+
+def _starred(home: Path, sparsities: Collection[float]) -> Path:
+    """The path with a star for each number that is one of the sparsities, as a share or in percent."""
+    known = {f"{scale * sparsity:g}" for sparsity in sparsities for scale in (1, 100)}
+    return Path(re.sub(r"\d+(\.\d+)?", lambda one: "*" if f"{float(one[0]):g}" in known else one[0], str(home)))
 
 
 def _home(mask: Path) -> Path:
@@ -80,10 +95,6 @@ def _home(mask: Path) -> Path:
     along = mask == run.start_mask or (mask.parent == run.start_mask.parent and ON_THE_WAY.fullmatch(mask.name))
     home = run.folder if along else mask.parent
     return home if home.parts and (along or mask == Run(home).mask) else mask.with_suffix("")
-
-
-def _place(cell: CellResult) -> _Place:
-    return cell.backbone, cell.method, cell.sparsity
 
 
 def _called(cell: CellResult, words: str | None) -> CellResult:

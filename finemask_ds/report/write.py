@@ -24,7 +24,7 @@ from finemask_ds.run import atomic_write
 _OURS = r"(m\d+-)?(score-(against|by)|similarity|scarcity|curves)-[\w.]+\.png"
 """Names of figures; no other file is ever taken away."""
 
-_NOT_PLAIN = ("curve", "versions", "origin", "error")
+_NOT_PLAIN = ("curve", "versions", "origin", "error", "untold")
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, list[str]]:

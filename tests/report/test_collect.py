@@ -8,6 +8,7 @@ import pytest
 from finemask_ds.errors import UserError
 from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
+from finemask_ds.report.cells import differing
 from finemask_ds.report.collect import collect
 from tests.report.fakes import HOLES, Fakes, small, write
 
@@ -68,6 +69,22 @@ def test_an_older_result_has_the_knobs_of_its_config(tmp_path, place):
     assert {name: getattr(old, name) for name in knobs} == knobs
     fakes.cell("mrpc", **knobs)
     assert (len(collect([tmp_path]).cells), collect([tmp_path]).duplicates) == (1, 1)
+
+
+def test_what_an_older_result_does_not_tell_is_no_other_setting(tmp_path):
+    """Without its config it is the same cell as one that tells all or a part, and None that is told is a value."""
+    told = {"dropout": None, "weight_decay": 0.01, "max_grad_norm": 0.0}
+    for name, knobs in (("a", {}), ("b", {"weight_decay": 0.01}), ("c", told)):
+        for seed in (1, 2):
+            Fakes(tmp_path / name).cell("mrpc", seed=seed, **knobs)
+    found = collect([tmp_path])
+    assert (len(found.cells), found.duplicates) == (2, 4)
+    assert {(cell.weight_decay, cell.max_grad_norm, cell.untold) for cell in found.cells} == {(0.01, 0.0, frozenset())}
+    Fakes(tmp_path / "b").cell("mrpc", seed=3)
+    assert differing(collect([tmp_path]).cells) == ()
+    Fakes(tmp_path / "b").cell("mrpc", seed=3, **{**told, "dropout": 0.1})
+    found = collect([tmp_path])
+    assert (len(found.cells), differing(found.cells)) == (3, ("dropout",))
 
 
 def test_results_copied_from_elsewhere_find_their_searches_by_hash(tmp_path):

@@ -13,15 +13,15 @@ from finemask_ds.report.variants import with_variants
 from tests.report.fakes import SHAPES, Fakes
 
 
-def rows(root):
-    """Method -> number of masks or seeds in the table of 70 %."""
+def rows(root, sparsity=0.7):
+    """Method -> number of masks or seeds in the table of the sparsity."""
     cells = with_variants(collect([root]).cells)
-    return {score.method: score.n for score in statistic.board(cells, 0.7).scores.values()}
+    return {score.method: score.n for score in statistic.board(cells, sparsity).scores.values()}
 
 
-def imported(fakes, path, bits, **changes):
-    save_mask(path, Mask.random(SHAPES, 0.7, seed=bits).with_provenance({"method": "imported"}))
-    fakes.cell("mrpc", path, method="imported", target_sparsity=None, sparsity=0.7, **changes)
+def imported(fakes, path, bits, sparsity=0.7, **changes):
+    save_mask(path, Mask.random(SHAPES, sparsity, seed=bits).with_provenance({"method": "imported"}))
+    fakes.cell("mrpc", path, method="imported", target_sparsity=None, sparsity=sparsity, **changes)
 
 
 @pytest.fixture
@@ -95,6 +95,27 @@ def test_imported_masks_are_named_by_their_files(tmp_path, files, names):
         for seed in (1, 2, 3):
             imported(fakes, tmp_path / file, bits, seed=seed)
     assert rows(tmp_path) == {f"imported ({name})": 3 for name in names}
+
+
+@pytest.mark.parametrize(
+    ("at_50", "at_70", "names"),
+    [
+        ("wanda-50", ("wanda-70", "gpt-70"), ("wanda-*", "gpt-*")),
+        ("wanda_s0.5", ("wanda_s0.70", "gpt_s0.70"), ("wanda_s*", "gpt_s*")),
+        ("wanda/0.5/mask", ("wanda/0.7/mask", "gpt/0.7/mask"), ("wanda/*", "gpt/*")),
+        ("50/wanda", ("70/wanda", "70/gpt"), ("wanda", "gpt")),
+        ("on-50/wanda-50", ("on-50/wanda-70", "on-50/gpt-70"), ("wanda-*", "gpt-*")),
+        ("wanda/m-50", ("gpt/m-70", "gpt/n-70"), ("wanda/m-*", "gpt/m-*", "gpt/n-*")),
+        ("a/wanda", ("a/wanda2", "a/70"), ("wanda", "wanda2", "*")),
+    ],
+)
+def test_a_family_of_imported_masks_has_one_name_at_all_sparsities(tmp_path, at_50, at_70, names):
+    """Also where it is alone, so that it is one line of a figure and no other method than where it is not."""
+    fakes = Fakes(tmp_path / "sweep")
+    for bits, (file, sparsity) in enumerate([(at_50, 0.5), *((file, 0.7) for file in at_70)]):
+        imported(fakes, tmp_path / f"{file}.safetensors", bits, sparsity)
+    assert rows(tmp_path, 0.5) == {f"imported ({names[0]})": 1}
+    assert rows(tmp_path, 0.7) == {f"imported ({name})": 1 for name in names[-2:]}
 
 
 def test_one_imported_mask_under_two_names_is_one(tmp_path):
