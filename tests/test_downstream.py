@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import signal
@@ -253,6 +254,31 @@ def test_a_recipe_that_is_asked_to_end_awaits_its_stage_unless_it_is_asked_again
     assert ended.value.exit_code == 128 + signal.SIGINT
     assert Path("saved").exists() == (script == SAVES)
     assert not subprocess.run(["pgrep", "-f", script], capture_output=True, check=False).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_a_recipe_that_is_torn_away_has_asked_its_stage_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """By a Ctrl-C that has ended the `| tee` which read what it says, or by an error of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Stage, "command", lambda *_: ["bash", "-c", SAVES])
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = signal.signal(signal.SIGALRM, lambda *_: (1 / 0, None)[1])
+
+    def ask() -> None:
+        until(Path("begun").exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask).start()
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(Interrupted if number == signal.SIGINT else ZeroDivisionError):
+            run_stage(Stage("sweep", "dispatch.py", ranks=0), tmp_path)
+        monkeypatch.undo()
+    signal.signal(signal.SIGALRM, before)
+    until((tmp_path / "saved").exists)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from finemask_ds.options import parse
 from finemask_ds.report.table import aligned, markdown
 from finemask_ds.run import Run, read_json, write_json
 from finemask_ds.search.dense import builtin_folder
-from finemask_ds.signals import Interrupted, Interruption
+from finemask_ds.signals import Interrupted, Interruption, tell
 
 CONFIGS: Mapping[str, type[Config]] = {
     "dispatch.py": SweepConfig,
@@ -143,21 +143,30 @@ def _run(command: Sequence[str], environment: Mapping[str, str], ranks: int) -> 
     launch = secrets.token_hex(16)
     with Interruption().watching() as interruption:
         process = subprocess.Popen(command, env={**environment, hostprocess.VARIABLE: launch}, start_new_session=True)
-        told = False
-        while process.poll() is None:
-            if interruption.asked and not told:
-                told = True
-                print("finemask: asked to end, once the stage has saved; Ctrl-C again ends it at once", file=sys.stderr)
-                if not ranks:
-                    process.terminate()
-                elif not hostprocess.ask(launch):
-                    hostprocess.end(launch, 0)  # There is nothing to save yet.
-            if interruption.insists:
-                hostprocess.end(launch, 0)
-            time.sleep(0.05)
+        asked = False
+        try:
+            while process.poll() is None:
+                if interruption.asked and not asked:
+                    asked = True
+                    _ask(process, launch, ranks)
+                    tell("asked to end, once the stage has saved; Ctrl-C again ends it at once")
+                if interruption.insists:
+                    hostprocess.end(launch, 0)
+                time.sleep(0.05)
+        finally:
+            if not asked and process.poll() is None:  # Nobody would look after it any more.
+                _ask(process, launch, ranks)
     if interruption.asked:
         raise Interrupted(interruption.signal)
     return process.returncode
+
+
+def _ask(process: subprocess.Popen[bytes], launch: str, ranks: int) -> None:
+    """Ask a command to end, so that it saves."""
+    if not ranks:
+        process.terminate()
+    elif not hostprocess.ask(launch):
+        hostprocess.end(launch, 0)  # There is nothing to save yet.
 
 
 def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> str:
