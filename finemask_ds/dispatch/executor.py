@@ -13,7 +13,7 @@ from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
 from finemask_ds.dispatch.survey import State, Survey, excuse_failed, survey
 from finemask_ds.errors import UserError
-from finemask_ds.signals import Interruption
+from finemask_ds.signals import Interruption, tell
 from finemask_ds.units import duration
 
 STARTS_PER_SLOT = 5
@@ -129,7 +129,7 @@ def dispatch(
     if interruption.asked:
         command = shlex.join([sys.executable, *sys.orig_argv[1:]]) if again is None else again
         done = f"{seen.count(State.DONE)} of {len(plan.cells)} cells are done"
-        print(f"finemask: interrupted, {done}; the same command goes on: {command}", file=sys.stderr, flush=True)
+        tell(f"interrupted, {done}; the same command goes on: {command}")
         raise SystemExit(128 + interruption.signal)
     return seen
 
@@ -146,7 +146,7 @@ class _Patience:
         if self._has_to_save and waited > _SILENT_SEC and not self._told:
             self._told = True
             told = "waiting until the workers have saved; Ctrl-C again ends them at once"
-            print(f"finemask: {told}", file=sys.stderr, flush=True)
+            tell(told)
         return self._interruption.insists or (not self._has_to_save and waited > IDLE_SEC)
 
 

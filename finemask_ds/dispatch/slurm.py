@@ -35,6 +35,7 @@ from finemask_ds.dispatch.slurm_jobs import (
 from finemask_ds.dispatch.slurm_queue import SilentError, check_here, most_tasks, submit, tasks
 from finemask_ds.errors import UserError
 from finemask_ds.lock import Lock
+from finemask_ds.signals import tell
 
 LOOK_SEC = 10.0
 """Between two looks at the queue, which all users of a cluster share."""
@@ -146,7 +147,7 @@ class SlurmExecutor(Executor):
         try:
             self._submit_tidy(plan)
         except (SilentError, UserError) as error:
-            print(f"finemask: no job goes on after what is in the queue ({error})", file=sys.stderr, flush=True)
+            tell(f"no job goes on after what is in the queue ({error})")
         jobs = [one.job for one in self._living()]
         if not jobs:
             return ""

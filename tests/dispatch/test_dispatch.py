@@ -198,6 +198,23 @@ def test_workers_may_take_long_to_save_unless_ctrl_c_comes_again(tmp_path):
     assert [path.parent.parent.name for path in plan.root.glob("cells/*/attempt-1/saved")] == ["quick"]
 
 
+def test_workers_save_though_nobody_reads_any_more_what_the_dispatcher_says(tmp_path):
+    """As a Ctrl-C ends the `2>&1 | tee log` beside it too."""
+    plan = Plan.write(tmp_path / "plan", [cell("quick"), cell("slow", do="save", seconds=2.5)])
+    process = python("fake_dispatch.py", plan.root, 1)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    until(lambda: starts(plan, "slow"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT_SEC) == 128 + signal.SIGINT
+    assert (plan.root / "cells" / "slow" / "attempt-1" / "saved").exists()
+    assert workers_of(plan) == []
+    assert states(plan) == {"quick": "done", "slow": "waiting"}
+
+
 @pytest.mark.slow
 def test_a_worker_whose_cell_another_has_done_is_not_awaited_for_long(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("one", do="save", seconds=900)])
