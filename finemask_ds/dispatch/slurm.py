@@ -90,6 +90,7 @@ class SlurmExecutor(Executor):
         self._in_queue: dict[str, str] = {}  # cell -> its task
         self._known: list[Submission] = []  # those with tasks in the queue
         self._gone: list[tuple[Submission, dict[int, str]]] = []  # with states of those that have left it
+        self._ended_tidy: set[str] = set()  # small jobs that somebody has cancelled
         self._settled: set[str] = set()
         self._told_reasons: set[str] = set()
 
@@ -205,7 +206,7 @@ class SlurmExecutor(Executor):
             return
         with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
             recorded = read_submissions(plan)  # again, as another dispatcher may just have held the lock
-            theirs = {one.name: one.tidy for one in recorded}
+            theirs = {one.name: "" if one.tidy in self._ended_tidy else one.tidy for one in recorded}
             if jobs := {one.name: one.job for one in self._living() if not theirs.get(one.name)}:
                 name = f"{PREFIX}tidy-{list(jobs.values())[-1]}"
                 script = write_script(plan, name, tidy_script(self._again, self._setup))
@@ -221,7 +222,9 @@ class SlurmExecutor(Executor):
             SilentError: where Slurm does not answer; what was seen before stays.
         """
         known = read_submissions(plan)  # first, as another dispatcher may submit at any time
-        found = tasks(PREFIX)
+        found, single = tasks(PREFIX)
+        self._ended_tidy = {one.tidy for one in known} - single
+        known = [replace(one, tidy="" if one.tidy in self._ended_tidy else one.tidy) for one in known]
         self._answered, self._hears, self._told_silence = time.monotonic(), True, False
         self._in_queue, self._known, self._gone = {}, [], []
         reasons: set[str] = set()
