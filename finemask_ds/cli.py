@@ -18,7 +18,7 @@ from finemask_ds.commands.report import add_report
 from finemask_ds.commands.sweep import add_status, add_worker
 from finemask_ds.errors import UserError, printable
 from finemask_ds.options import Parser
-from finemask_ds.signals import Interrupted
+from finemask_ds.signals import Interrupted, tell
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"finemask: {printable(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as ended:
-        print("finemask: asked to end; the same command goes on", file=sys.stderr, flush=True)
+        tell("asked to end; the same command goes on")
         return ended.exit_code
     except BrokenPipeError:  # as in `finemask mask show FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,18 @@ class TransientError(UserError):
     exit_code = 75
 
 
+class OtherConfigError(UserError):
+    """A run directory that something else has made."""
+
+    def __init__(self, what: str, advice: str = "type another --run DIR") -> None:
+        super().__init__(what, advice)
+        self.what = what
+        """Without what to type, which differs where no launcher is typed."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 def printable(text: str) -> str:
     """One line of text, escaped where a terminal would obey it: file names, tensor names and outputs are others'."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

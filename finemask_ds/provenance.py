@@ -15,7 +15,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import OtherConfigError
 
 PACKAGES = (
     "finemask_ds",
@@ -112,27 +112,37 @@ def _gpu_names() -> list[str]:
 def refuse_other_config(
     folder: Path, saved: Any, current: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Set[str]
 ) -> None:
-    """Raise UserError if a folder's saved config differs from the current one.
+    """Raise OtherConfigError if a folder's saved config differs from the current one.
 
     The sentence names every differing key with both values, and what to type. A key that one side lacks has
-    its default there; keys in `ignored` may differ.
+    its default there; keys in `ignored` may differ, and a path may be spelled otherwise.
     """
     if not isinstance(saved, dict):
-        raise UserError(f"{folder}/config.json is no config of a run: type another --run DIR")
+        raise OtherConfigError(f"{folder}/config.json is no config of a run")
     before, now = dict(defaults) | saved, dict(defaults) | dict(current)
     compared = sorted((before.keys() | now.keys()) - ignored)
-    differing = [key for key in compared if before.get(key) != now.get(key)]
+    differing = [key for key in compared if not _is_same(before.get(key), now.get(key))]
     if not differing:
         return
     change = {key: f"{key} was {_typed(before.get(key))}, now {_typed(now.get(key))}" for key in differing}
     if other := [change[key] for key in ("method", "config_version") if key in change]:
-        raise UserError(f"{folder} was made by another method or version ({', '.join(other)}): type another --run DIR")
+        raise OtherConfigError(f"{folder} was made by another method or version ({', '.join(other)})")
     old = [f"--{key} {_typed(before[key])}" for key in differing if before.get(key) != defaults.get(key)]
     left_out = [f"no --{key}" for key in differing if before.get(key) == defaults.get(key)]
-    raise UserError(
-        f"{folder} was made by another config ({', '.join(change.values())}): type another --run DIR, "
-        f"or go on with it by typing {', '.join([*old, *left_out])}"
+    raise OtherConfigError(
+        f"{folder} was made by another config ({', '.join(change.values())})",
+        f"type another --run DIR, or go on with it by typing {', '.join([*old, *left_out])}",
     )
+
+
+def _is_same(before: object, now: object) -> bool:
+    """Whether two values are equal, or two spellings of one file; without a slash a name may be the hub's, or ours."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str) and "/" in before and "/" in now):
+        return before == now
+    try:
+        return Path(before).expanduser().samefile(Path(now).expanduser())
+    except (OSError, RuntimeError):
+        return False
 
 
 def _typed(value: object) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from finemask_ds.errors import UserError
+from finemask_ds.errors import OtherConfigError, UserError
 from finemask_ds.provenance import collect, refuse_other_config
 
 CONFIG_VERSION = 1  # raise it when an old config would mean something else under the same names
@@ -248,7 +248,7 @@ class Run:
             return run
         for path in (run.mask, run.start_mask.parent, run.metrics, run.result, run.checkpoints, run.head):
             if path.exists():
-                raise UserError(f"{run.folder} holds {path.name} but no config.json: type another --run DIR")
+                raise OtherConfigError(f"{run.folder} holds {path.name} but no config.json")
         if begin:
             write_json(run.config, current)
         return run

@@ -35,7 +35,7 @@ from finemask_ds.search.conclude import conclude
 from finemask_ds.search.dense import builtin_corpus, builtin_folder, builtin_model, resolve_model, trained_head
 from finemask_ds.search.outcome import Outcome
 from finemask_ds.search.setting import Setting, batching_of, open_setting
-from finemask_ds.signals import Interrupted
+from finemask_ds.signals import Interrupted, tell
 
 C = TypeVar("C", bound=Config)
 
@@ -141,10 +141,10 @@ def launch(config_class: type[C], action: Callable[[C], object], argv: Sequence[
             outcome = action(config)
     except Terminated as ended:
         if launched_rank() == 0:
-            print(f"finemask: {termination.signal.name}: {ended}", file=sys.stderr, flush=True)
+            tell(f"{termination.signal.name}: {ended}")
         return termination.exit_code
     except Interrupted as ended:
-        print("finemask: asked to end; the same command goes on", file=sys.stderr, flush=True)
+        tell("asked to end; the same command goes on")
         return ended.exit_code
     except UserError as error:
         if launched_rank() == 0:
@@ -171,8 +171,9 @@ def leave(code: int) -> NoReturn:
     Gloo's threads let go of their last tensors a moment after the collective has returned, and one that needs the
     interpreter for it while that shuts down aborts the process (exit code 134 of a run that was done).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # Nobody reads it any more; the code still tells.
+            stream.flush()
     os._exit(code)
 
 

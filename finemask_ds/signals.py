@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ from typing import Any
 
 REPEAT_SEC = 1.0
 """Signals closer together than this are one: a launcher may pass on what its process has had already."""
+
+
+def tell(what: str) -> None:
+    """Say something on the way out; a lost terminal, or a `| tee` that had the same Ctrl-C, hears it no more."""
+    with contextlib.suppress(OSError):
+        print(f"finemask: {what}", file=sys.stderr, flush=True)
 
 
 class Interrupted(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,14 +233,17 @@ def test_a_recipe_refuses_what_was_searched_with_other_options(
     asked = {"run": str(root), "model": str(toy_bert), "data": str(toy_text), "task_data": str(toy_tasks)}
     asked |= {"sparsities": (0.5,), "methods": ("omp",), "mask_seeds": (1,), "ranks": 0, "tasks": ("cola",)}
     for changed, said in (
-        ({"search": more.replace("16", "32")}, "seq_len was 16, now 32.*type another --run DIR, or .*--seq_len 16"),
+        ({"search": more.replace("16", "32")}, "seq_len was 16, now 32"),
         ({"search": more, "model": "builtin"}, f"model was {toy_bert}, now builtin"),
         ({"search": more, "data": "builtin"}, f"data was {toy_text}, now builtin"),
     ):
-        with pytest.raises(UserError, match=f"^stage omp-s0.5-seed1: {folder} was .*{said}.* or delete that folder"):
+        told = rf"^stage omp-s0.5-seed1: {folder} was .*{said}.*\): type another --run DIR$"
+        with pytest.raises(UserError, match=told):
             run_recipe(TamtRecipeConfig(**{**asked, **changed}))
     (stage,) = plan_of(TamtRecipeConfig(**asked, search=f"{more} --log_every 7 --eval_every 3")).searches
-    run_stages([stage], root, shared)
+    with pytest.raises(UserError, match=r"sparsity was 0.5, now 0.7\): type another --root DIR$"):
+        run_stages([replace(stage, options=(*stage.options, "--sparsity", "0.7"))], root, shared)
+    run_stages([stage], root, ("--model", f"{toy_bert}/", *shared[2:]))
     assert read_json(root / "results.json").keys() == {stage.name}
     assert "restarts" not in read_json(folder / "provenance.json")
 
@@ -267,6 +272,31 @@ def test_a_recipe_that_is_asked_to_end_awaits_its_stage_unless_it_is_asked_again
     assert ended.value.exit_code == 128 + signal.SIGINT
     assert Path("saved").exists() == (script == SAVES)
     assert not subprocess.run(["pgrep", "-f", script], capture_output=True, check=False).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_a_recipe_that_is_torn_away_has_asked_its_stage_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """By a Ctrl-C that has ended the `| tee` which read what it says, or by an error of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Stage, "command", lambda *_: ["bash", "-c", SAVES])
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = signal.signal(signal.SIGALRM, lambda *_: (1 / 0, None)[1])
+
+    def ask() -> None:
+        until(Path("begun").exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask).start()
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(Interrupted if number == signal.SIGINT else ZeroDivisionError):
+            run_stage(Stage("sweep", "dispatch.py", ranks=0), tmp_path)
+        monkeypatch.undo()
+    signal.signal(signal.SIGALRM, before)
+    until((tmp_path / "saved").exists)
 
 
 @pytest.mark.slow

@@ -189,6 +189,22 @@ def test_a_folder_made_by_another_config_is_refused_and_stays_as_it_is(tmp_path)
     assert run.config.read_bytes() == before
 
 
+def test_a_path_may_be_spelled_otherwise(tmp_path, monkeypatch):
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    (tmp_path / "models" / "other").mkdir()
+    (tmp_path / "bert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = open_run("d", tmp_path, objective="models/bert")
+    for same in ("./models/bert", "models/bert/", "models/other/../bert", str(tmp_path / "models" / "bert")):
+        assert open_run("d", tmp_path, objective=same) == made
+    for other in ("models/other", "./bert", "models/none", "bert"):
+        with pytest.raises(UserError, match=f"objective was models/bert, now {other}"):
+            open_run("d", tmp_path, objective=other)
+    open_run("e", tmp_path, objective="bert")
+    with pytest.raises(UserError, match=r"objective was bert, now \./bert"):
+        open_run("e", tmp_path, objective="./bert")
+
+
 def test_config_json_holds_every_knob(tmp_path):
     run = open_run(tmp_path / "d", tmp_path, seed=5)
     config = read_json(run.config)

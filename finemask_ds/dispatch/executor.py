@@ -12,8 +12,8 @@ from finemask_ds.dispatch.estimate import seconds_left, unmeasured
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.progress import Progress
 from finemask_ds.dispatch.survey import State, Survey, excuse_failed, survey
-from finemask_ds.errors import UserError
-from finemask_ds.signals import Interruption
+from finemask_ds.errors import UserError, printable
+from finemask_ds.signals import Interruption, tell
 from finemask_ds.units import duration
 
 STARTS_PER_SLOT = 5
@@ -111,7 +111,7 @@ def dispatch(
     seen = survey(plan)
     if forgive:
         excuse_failed(seen)
-    seen = survey(plan, seen)
+    seen, error = survey(plan, seen), ""
     with Interruption().watching() as interruption, Progress(executor.slots) as progress:
         progress.begin(seen, executor.place)
         try:
@@ -120,8 +120,11 @@ def dispatch(
             if not interruption.asked and seen.count(State.DONE) < len(plan.cells):
                 progress.say(_cost(seen, executor))
                 seen = _until_done(seen, executor, interruption, progress, poll_sec)
+        except Exception as failure:
+            error = printable(str(failure))
+            raise
         finally:
-            left = executor.stop(plan, _Patience(interruption, has_to_save=_unfinished(seen) > 0))
+            left = executor.stop(plan, _Patience(interruption, error, has_to_save=_unfinished(seen) > 0))
             if left and _unfinished(seen):
                 progress.say(left)
         seen = survey(plan, seen)
@@ -129,25 +132,27 @@ def dispatch(
     if interruption.asked:
         command = shlex.join([sys.executable, *sys.orig_argv[1:]]) if again is None else again
         done = f"{seen.count(State.DONE)} of {len(plan.cells)} cells are done"
-        print(f"finemask: interrupted, {done}; the same command goes on: {command}", file=sys.stderr, flush=True)
+        tell(f"interrupted, {done}; the same command goes on: {command}")
         raise SystemExit(128 + interruption.signal)
     return seen
 
 
 class _Patience:
-    """Asked again and again while workers end: whether it is urgent. Says once what is being waited for."""
+    """Asked again and again while workers end: whether it is urgent. Says once what is being waited for, and why."""
 
-    def __init__(self, interruption: Interruption, *, has_to_save: bool) -> None:
-        self._interruption, self._has_to_save = interruption, has_to_save
+    def __init__(self, interruption: Interruption, error: str, *, has_to_save: bool) -> None:
+        self._interruption, self._error, self._has_to_save = interruption, error, has_to_save
+        self._was_asked = interruption.asked
         self._started, self._told = time.monotonic(), False
 
     def __call__(self) -> bool:
         waited = time.monotonic() - self._started
         if self._has_to_save and waited > _SILENT_SEC and not self._told:
             self._told = True
-            told = "waiting until the workers have saved; Ctrl-C again ends them at once"
-            print(f"finemask: {told}", file=sys.stderr, flush=True)
-        return self._interruption.insists or (not self._has_to_save and waited > IDLE_SEC)
+            why, again = f"{self._error}; " if self._error else "", " again" if self._was_asked else ""
+            tell(f"{why}waiting until the workers have saved; Ctrl-C{again} ends them at once")
+        insists = self._interruption.insists if self._was_asked else self._interruption.asked
+        return insists or (not self._has_to_save and waited > IDLE_SEC)
 
 
 def _until_done(

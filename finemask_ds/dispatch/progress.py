@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -38,12 +40,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with self._even_unheard():
+            self._bar.stop()
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self._console.file.flush()
+        with self._even_unheard():
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.file.flush()
+
+    @contextlib.contextmanager
+    def _even_unheard(self) -> Iterator[None]:
+        """Go on in silence where nobody reads it any more: workers that save must not be left for that."""
+        try:
+            yield
+        except (OSError, SystemExit):  # rich exits where a pipe is broken
+            self._console.quiet = True
 
     def begin(self, seen: Survey, place: str) -> None:
         """The plan's size; what has ended before is not told again."""

@@ -35,6 +35,7 @@ from finemask_ds.dispatch.slurm_jobs import (
 from finemask_ds.dispatch.slurm_queue import SilentError, check_here, most_tasks, submit, tasks
 from finemask_ds.errors import UserError
 from finemask_ds.lock import Lock
+from finemask_ds.signals import tell
 
 LOOK_SEC = 10.0
 """Between two looks at the queue, which all users of a cluster share."""
@@ -89,6 +90,7 @@ class SlurmExecutor(Executor):
         self._in_queue: dict[str, str] = {}  # cell -> its task
         self._known: list[Submission] = []  # those with tasks in the queue
         self._gone: list[tuple[Submission, dict[int, str]]] = []  # with states of those that have left it
+        self._ended_tidy: set[str] = set()  # small jobs that somebody has cancelled
         self._settled: set[str] = set()
         self._told_reasons: set[str] = set()
 
@@ -146,7 +148,7 @@ class SlurmExecutor(Executor):
         try:
             self._submit_tidy(plan)
         except (SilentError, UserError) as error:
-            print(f"finemask: no job goes on after what is in the queue ({error})", file=sys.stderr, flush=True)
+            tell(f"no job goes on after what is in the queue ({error})")
         jobs = [one.job for one in self._living()]
         if not jobs:
             return ""
@@ -204,7 +206,7 @@ class SlurmExecutor(Executor):
             return
         with Lock(plan.root / "slurm" / "lock").held(_LOCK_SEC):
             recorded = read_submissions(plan)  # again, as another dispatcher may just have held the lock
-            theirs = {one.name: one.tidy for one in recorded}
+            theirs = {one.name: "" if one.tidy in self._ended_tidy else one.tidy for one in recorded}
             if jobs := {one.name: one.job for one in self._living() if not theirs.get(one.name)}:
                 name = f"{PREFIX}tidy-{list(jobs.values())[-1]}"
                 script = write_script(plan, name, tidy_script(self._again, self._setup))
@@ -220,7 +222,9 @@ class SlurmExecutor(Executor):
             SilentError: where Slurm does not answer; what was seen before stays.
         """
         known = read_submissions(plan)  # first, as another dispatcher may submit at any time
-        found = tasks(PREFIX)
+        found, single = tasks(PREFIX)
+        self._ended_tidy = {one.tidy for one in known} - single
+        known = [replace(one, tidy="" if one.tidy in self._ended_tidy else one.tidy) for one in known]
         self._answered, self._hears, self._told_silence = time.monotonic(), True, False
         self._in_queue, self._known, self._gone = {}, [], []
         reasons: set[str] = set()

@@ -80,8 +80,11 @@ def submit(options: Sequence[str], script: Path) -> str:
     raise UserError(f"sbatch refuses the job ({told}): see --job_options")
 
 
-def tasks(prefix: str) -> dict[tuple[str, int], Task]:
-    """This user's tasks of arrays whose names begin so: (name, number in the array) -> task.
+def tasks(prefix: str) -> tuple[dict[tuple[str, int], Task], set[str]]:
+    """What this user has whose names begin so.
+
+    Returns:
+        Tasks of arrays: (name, number in the array) -> task; numbers of the jobs that are no array and live.
 
     Raises:
         SilentError: where squeue does not answer.
@@ -89,12 +92,14 @@ def tasks(prefix: str) -> dict[tuple[str, int], Task]:
     answer = _ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%F|%K|%T|%r|%j")
     if answer.returncode != 0:
         raise SilentError(answer.stderr.strip())
-    found = {}
+    found, single = {}, set()
     for line in answer.stdout.splitlines():
         job, number, state, reason, name = line.split("|", 4)
         if name.startswith(prefix) and number.isdecimal():
             found[name, int(number)] = Task(f"{job}_{number}", state, reason)
-    return found
+        elif name.startswith(prefix) and Task(job, state, reason).lives:
+            single.add(job)
+    return found, single
 
 
 def most_tasks() -> int:

@@ -17,12 +17,12 @@ import torch
 
 from finemask_ds import hostprocess
 from finemask_ds.config import Config, ImpConfig, MagnitudeConfig, PretrainConfig, SweepConfig, TamtConfig
-from finemask_ds.errors import UserError
+from finemask_ds.errors import OtherConfigError, UserError
 from finemask_ds.options import parse
 from finemask_ds.report.table import aligned, markdown
 from finemask_ds.run import Run, read_json, write_json
 from finemask_ds.search.dense import builtin_folder
-from finemask_ds.signals import Interrupted, Interruption
+from finemask_ds.signals import Interrupted, Interruption, tell
 
 CONFIGS: Mapping[str, type[Config]] = {
     "dispatch.py": SweepConfig,
@@ -63,8 +63,8 @@ class Stage:
         """Whether it finds a mask."""
         return self.launcher not in ("pretrain.py", "dispatch.py")
 
-    def check(self, root: Path, shared: Sequence[str]) -> Config:
-        """The configuration that its options make.
+    def check(self, root: Path, shared: Sequence[str], folder: str = "--root") -> Config:
+        """The configuration that its options make; ``folder`` is the recipe's option of ``root``.
 
         Raises:
             UserError: for an unknown option or a value that cannot be; for a search whose run directory, which only its
@@ -77,8 +77,8 @@ class Stage:
                     self.run(root).folder, config.identity(), config.defaults(), config.method,
                     volatile=config.volatile, begin=False,
                 )  # fmt: skip
-            except UserError as error:
-                raise UserError(f"stage {self.name}: {error}, or delete that folder to search anew") from error
+            except OtherConfigError as error:
+                raise UserError(f"stage {self.name}: {error.what}: type another {folder} DIR") from error
         return config
 
     def run(self, root: Path) -> Run:
@@ -93,7 +93,9 @@ class Stage:
         return self.searches and self.run(root).done("search")
 
 
-def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> dict[str, dict[str, Any]]:
+def run_stages(
+    stages: Sequence[Stage], root: Path, shared: Sequence[str], folder: str = "--root"
+) -> dict[str, dict[str, Any]]:
     """Run what is not done yet under ``root``; the searches' results by stage, also in
     ``root/results.json``.
 
@@ -101,13 +103,14 @@ def run_stages(stages: Sequence[Stage], root: Path, shared: Sequence[str]) -> di
         stages: in order.
         root: folder of the run directories.
         shared: options of every search.
+        folder: the recipe's option of ``root``.
 
     Raises:
         UserError: before the first stage for what `Stage.check` refuses of any; where a stage fails, and the same
             command goes on from there.
     """
     for stage in stages:
-        stage.check(root, shared)
+        stage.check(root, shared, folder)
     for number, stage in enumerate(stages, 1):
         run_stage(stage, root, shared, f"[{number}/{len(stages)}] ")
     found = {stage.name: read_json(stage.run(root).result) for stage in stages if stage.searches}
@@ -143,21 +146,30 @@ def _run(command: Sequence[str], environment: Mapping[str, str], ranks: int) -> 
     launch = secrets.token_hex(16)
     with Interruption().watching() as interruption:
         process = subprocess.Popen(command, env={**environment, hostprocess.VARIABLE: launch}, start_new_session=True)
-        told = False
-        while process.poll() is None:
-            if interruption.asked and not told:
-                told = True
-                print("finemask: asked to end, once the stage has saved; Ctrl-C again ends it at once", file=sys.stderr)
-                if not ranks:
-                    process.terminate()
-                elif not hostprocess.ask(launch):
-                    hostprocess.end(launch, 0)  # There is nothing to save yet.
-            if interruption.insists:
-                hostprocess.end(launch, 0)
-            time.sleep(0.05)
+        asked = False
+        try:
+            while process.poll() is None:
+                if interruption.asked and not asked:
+                    asked = True
+                    _ask(process, launch, ranks)
+                    tell("asked to end, once the stage has saved; Ctrl-C again ends it at once")
+                if interruption.insists:
+                    hostprocess.end(launch, 0)
+                time.sleep(0.05)
+        finally:
+            if not asked and process.poll() is None:  # Nobody would look after it any more.
+                _ask(process, launch, ranks)
     if interruption.asked:
         raise Interrupted(interruption.signal)
     return process.returncode
+
+
+def _ask(process: subprocess.Popen[bytes], launch: str, ranks: int) -> None:
+    """Ask a command to end, so that it saves."""
+    if not ranks:
+        process.terminate()
+    elif not hostprocess.ask(launch):
+        hostprocess.end(launch, 0)  # There is nothing to save yet.
 
 
 def table(results: dict[str, dict[str, Any]], *, as_markdown: bool = False) -> str:

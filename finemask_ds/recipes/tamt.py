@@ -78,7 +78,7 @@ def run_recipe(config: TamtRecipeConfig) -> str:
     sweep = Stage("downstream", "dispatch.py", (*options, *_words("--finetune", config.finetune)), ranks=0)
     check(plan.searches, sweep, root, shared)
     print(f"{len(plan.searches)} searches, {len(plan.masks)} masks to fine-tune", flush=True)
-    run_stages(plan.searches, root, shared)
+    run_stages(plan.searches, root, shared, "--run")
     run_stage(sweep, root)
     return compare(sweep.run(root), config.sparsities)
 
@@ -90,7 +90,7 @@ def check(searches: Sequence[Stage], sweep: Stage, root: Path, shared: Sequence[
         UserError: for options that a stage does not have or its folder was not made by, unknown tasks or missing rows.
     """
     for stage in searches:
-        stage.check(root, shared)
+        stage.check(root, shared, "--run")
     asked = sweep.check(root, shared)
     assert isinstance(asked, SweepConfig)
     check_tasks([task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)], asked.data)

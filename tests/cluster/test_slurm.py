@@ -269,7 +269,7 @@ def test_who_does_not_wait_leaves_a_small_job_that_goes_on(slurm: Slurm, tmp_pat
 def test_who_does_not_wait_leaves_a_small_job_after_what_others_have_submitted_too(
     slurm: Slurm, tmp_path: Path
 ) -> None:
-    """Once, whoever comes; also where the next array is refused."""
+    """Once, whoever comes, while that is in the queue; also where the next array is refused."""
     plan = Plan.write(tmp_path / "plan", [cell(f"cell-{number}", do="hold") for number in range(2)])
     first = Dispatcher(slurm, plan)
     wait_until(lambda: all(starts(plan, one.id) for one in plan.cells), 60, "both run")
@@ -280,6 +280,11 @@ def test_who_does_not_wait_leaves_a_small_job_after_what_others_have_submitted_t
     assert len(told[0]) == 1
     assert told[0] == told[1]
     assert len(list((plan.root / "slurm").glob("*tidy*.sh"))) == 1
+    slurm.run(["scancel", told[0][0][1]])
+    told += [re.findall(left, Dispatcher(slurm, plan, "--wait", "no").end(), re.M) for _ in range(2)]
+    assert told[2][0][0] == told[0][0][0]
+    assert told[2] != told[1], "where somebody has cancelled the small job alone, there is another"
+    assert told[2] == told[3]
 
     more = Plan.write(tmp_path / "more" / "plan", [cell(f"cell-{number}", do="hold") for number in range(3)])
     refused = Dispatcher(slurm, more, "--wait", "no", most_tasks=2, one_array=True).end(code=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from finemask_ds.dispatch.attempt import attempts_of
 from finemask_ds.dispatch.plan import Cell, Plan
 from finemask_ds.dispatch.survey import State, survey
 from finemask_ds.lock import lives
+from tests.dispatch.fake_dispatch import COMMAND
 from tests.dispatch.toys import (
     WAIT_SEC,
     cell,
@@ -198,6 +200,23 @@ def test_workers_may_take_long_to_save_unless_ctrl_c_comes_again(tmp_path):
     assert [path.parent.parent.name for path in plan.root.glob("cells/*/attempt-1/saved")] == ["quick"]
 
 
+def test_workers_save_though_nobody_reads_any_more_what_the_dispatcher_says(tmp_path):
+    """As a Ctrl-C ends the `2>&1 | tee log` beside it too."""
+    plan = Plan.write(tmp_path / "plan", [cell("quick"), cell("slow", do="save", seconds=2.5)])
+    process = python("fake_dispatch.py", plan.root, 1)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    until(lambda: starts(plan, "slow"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT_SEC) == 128 + signal.SIGINT
+    assert (plan.root / "cells" / "slow" / "attempt-1" / "saved").exists()
+    assert workers_of(plan) == []
+    assert states(plan) == {"quick": "done", "slow": "waiting"}
+
+
 @pytest.mark.slow
 def test_a_worker_whose_cell_another_has_done_is_not_awaited_for_long(tmp_path):
     plan = Plan.write(tmp_path / "plan", [cell("one", do="save", seconds=900)])
@@ -270,6 +289,30 @@ def test_workers_that_end_at_once_end_the_dispatcher(tmp_path):
         f"UserError: 5 workers ended before any cell did; the last ended with exit code 1, see {log}\n"
         in process.stderr
     )
+
+
+def test_an_error_is_told_before_workers_save_and_the_first_ctrl_c_ends_them(tmp_path):
+    """The first worker has a cell that saves for long; those beside it end at once, for which the dispatcher ends."""
+    plan = Plan.write(tmp_path / "plan", [cell("slow", do="save", seconds=900), cell("other")])
+    begun, worker = plan.root / "cells" / "slow" / "diary", shlex.join(COMMAND)
+    script = f"mkdir {plan.root}/first && exec {worker} $0 $*; until [ -e {begun} ]; do sleep 0.05; done; exit 3"
+    code = (
+        "import sys; from pathlib import Path; from finemask_ds.dispatch.executor import dispatch;"
+        "from finemask_ds.dispatch.local import LocalExecutor; from finemask_ds.dispatch.plan import Plan;"
+        "workers = LocalExecutor(2, ['sh', '-c', sys.argv[2]]);"
+        "dispatch(Plan.read(Path(sys.argv[1])), workers, measure=False, poll_sec=0.01)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, plan.root, script], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = process.stderr.readline()
+    assert told.startswith("finemask: 10 workers ended before any cell did; the last ended with exit code 3, see ")
+    assert told.endswith("slot-1.log; waiting until the workers have saved; Ctrl-C ends them at once\n")
+    assert len(set(workers_of(plan)) - {process.pid}) == 1
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=WAIT_SEC)
+    assert process.returncode == 1
+    assert "UserError: 10 workers ended before any cell did" in errors
+    assert workers_of(plan) == []
 
 
 def test_the_estimate_is_measured_once_for_each_kind_of_cell(tmp_path):
