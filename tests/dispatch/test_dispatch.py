@@ -306,7 +306,7 @@ def test_an_error_is_told_before_workers_save_and_the_first_ctrl_c_ends_them(tmp
     assert process.stderr is not None
     told = process.stderr.readline()
     assert told.startswith("finemask: 10 workers ended before any cell did; the last ended with exit code 3, see ")
-    assert told.endswith("slot-1.log; waiting until the workers have saved; Ctrl-C ends them at once\n")
+    assert told.endswith(".log; waiting until the workers have saved; Ctrl-C ends them at once\n")
     assert len(set(workers_of(plan)) - {process.pid}) == 1
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=WAIT_SEC)
