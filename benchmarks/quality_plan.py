@@ -18,8 +18,8 @@ SWEPT_LR = {"kd": (1e-4, 2e-4, 5e-4, 1e-3), "mlm": (1e-4, 2e-4, 5e-4)}
 BINARY_LR = {"kd": 5e-4, "mlm": 2e-4}
 FAST_LR = 3e-4
 """--preset fast's."""
-RANKED_LR = {"kd": 1e-4}
-"""The best of `ranked`'s two at 70 %; MLM's own is still to be found."""
+RANKED_LR = {"kd": 1e-4, "mlm": 1e-4}
+"""The best of `ranked`'s two at 70 %."""
 SHARED = (
     *("--seq_len", "64", "--batch_size", "8", "--dropout", "0", "--dev_blocks", "200", "--eval_batch_size", "16"),
     *("--log_every", "50", "--watch_every", "0", "--save_every", "500"),
