@@ -1,5 +1,5 @@
 # What the templates of this folder share: the site, and its options as --job_options of launcher/dispatch.py, which
-# hands them on to sbatch for the cells. What cannot be one is told before anything is submitted.
+# hands them on to sbatch for the cells. What has not the form of one is told before anything is submitted.
 
 . "${FINEMASK_SITE:=jobs/slurm/site.sh}" || exit 2
 export FINEMASK_SITE
