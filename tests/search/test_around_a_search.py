@@ -34,7 +34,7 @@ SHORT = functools.partial(PretrainConfig, steps=2, warmup_steps=1)
 """How the built-in model is made here."""
 
 
-@pytest.mark.parametrize("method", ["tamt", "imp"])
+@pytest.mark.parametrize("method", ["tamt", pytest.param("imp", marks=pytest.mark.slow)])
 def test_a_search_that_is_asked_to_end_in_its_last_evaluation_loses_nothing(
     toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
 ) -> None:
@@ -85,7 +85,7 @@ def test_two_searches_in_one_run_directory_are_refused(toy_bert: Path, toy_text:
     assert not Run(tmp_path / "run").lock.exists()
 
 
-@pytest.mark.parametrize("method", ["tamt", "imp"])
+@pytest.mark.parametrize("method", ["tamt", pytest.param("imp", marks=pytest.mark.slow)])
 def test_what_is_told_of_a_head_can_be_typed_for_the_same_run_directory(
     toy_bert: Path, toy_text: Path, tmp_path: Path, method: str
 ) -> None:
@@ -103,6 +103,7 @@ def test_what_is_told_of_a_head_can_be_typed_for_the_same_run_directory(
         assert Run(run).mask.exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_make_the_built_in_model_are_told_who_can(
     pools: dict[int, RankPool], toy_bert: Path, toy_text: Path, tmp_path: Path
 ) -> None:
@@ -173,7 +174,9 @@ def other_content(world: World, told: dict[str, str], differing: dict[str, str])
     return ""
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.7, 0.9])
+@pytest.mark.parametrize(
+    "sparsity", [pytest.param(0.1, marks=pytest.mark.slow), 0.7, pytest.param(0.9, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("init", ["activations", "reconstruction"])
 def test_a_global_search_starts_even_with_the_embedding_sparser(
     toy_bert: Path, toy_text: Path, tmp_path: Path, init: str, sparsity: float

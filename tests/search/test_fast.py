@@ -24,7 +24,7 @@ def assert_equal_bits(one: TamtConfig, other: TamtConfig) -> None:
     assert jobs.losses(one) == jobs.losses(other)
 
 
-@pytest.mark.parametrize("init", ["binary", "ranked"])
+@pytest.mark.parametrize("init", ["binary", pytest.param("ranked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_a_search_is_that_of_the_plain_path(
     toy_bert: Path, toy_text: Path, tmp_path: Path, scope: str, init: str

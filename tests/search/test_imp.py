@@ -46,7 +46,7 @@ def test_a_rewind_is_exact(
         assert not jobs.same(seen["after"], seen["later"])
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("scope", ["local", pytest.param("global", marks=pytest.mark.slow)])
 def test_rungs_are_exact_and_nested(toy_bert: Path, toy_text: Path, tmp_path: Path, scope: str) -> None:
     config = jobs.imp_config(tmp_path / "run", toy_bert, toy_text, scope=scope, sparsity=0.45)
     result = jobs.find(config)
@@ -69,7 +69,7 @@ def test_the_first_rung_is_omp(toy_bert: Path, toy_text: Path, tmp_path: Path) -
     assert result["steps"] == 0
 
 
-@pytest.mark.parametrize("decoder", ["masked", "unmasked"])
+@pytest.mark.parametrize("decoder", ["masked", pytest.param("unmasked", marks=pytest.mark.slow)])
 def test_a_decoder_of_its_own_stays_theta_0s(toy_bert: Path, toy_text: Path, tmp_path: Path, decoder: str) -> None:
     """As in the checkpoints that ``finemask mask export`` writes: neither replaced, trained, pruned nor in the head."""
     apart = tmp_path / "apart"
@@ -131,7 +131,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
         assert masks[0] == masks[1]
 
 
-@pytest.mark.parametrize("killed_after", [3, 5, 8])
+@pytest.mark.parametrize(
+    "killed_after", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_records_the_same_flips(toy_bert: Path, toy_text: Path, tmp_path: Path, killed_after: int) -> None:
     """Killed in a rung before its mask was looked at, with a checkpoint of its end, and after a look."""
     whole, broken = (
