@@ -72,7 +72,7 @@ def encoder(arguments: argparse.Namespace, scratch: Path) -> list[Setup]:
     if not model.is_dir() or not text.is_dir():
         print(f"encoder: left out, there is no {model} or no {text}; type --shared FOLDER")
         return []
-    # It has no head: one that is drawn takes as long as one that is trained, which these steps do not wait for.
+    # The checkpoint has no head and would be refused; none is trained here, as steps through a drawn one cost the same.
     options = {"batch_size": 8, "seq_len": 128, "dropout": 0.0, "head_steps": 1}
     zero = [Setup("encoder", 2, 1, stage, ZERO, str(model), str(text), options) for stage in (0, 1, 2, 3)]
     return [Setup("encoder", 1, 1, None, LOCAL, str(model), str(text), options), *zero]

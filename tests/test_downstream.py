@@ -316,8 +316,10 @@ def test_a_recipe_that_is_asked_to_end_saves_the_step_of_its_search(
         until(lambda: newest_step(run / "checkpoints") >= 10 or process.poll() is not None)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number, log.read_text()
-    finally:
+    except BaseException:
         process.kill()
+        subprocess.run(["pkill", "-KILL", "-f", str(run)], check=False)  # Its stage has a session of its own.
+        raise
     said = log.read_text()
     (step,) = re.findall(r"^finemask: SIGTERM: checkpoint at step (\d+) in ", said, re.M)
     assert newest_step(run / "checkpoints") == int(step)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from finemask_ds.errors import UserError
+from finemask_ds.run import Run
 
 VOLATILE = frozenset({
     "run", "deepspeed", "precision", "ranks", "time_out_sec", "silence_sec", "hostfile", "max_restarts", "log_every",
@@ -76,6 +78,12 @@ class Config(ABC):
     def result_identity(self) -> dict[str, Any]:
         """The knobs that a result depends on, as JSON values."""
         return {key: value for key, value in self.identity().items() if key not in self.volatile}
+
+    def open_run(self, folder: str | os.PathLike[str] | None, *, begin: bool = True) -> Run:
+        """The run directory of these knobs; without a folder (None, "") it is named after them. See `Run.open`."""
+        return Run.open(
+            folder or None, self.identity(), self.defaults(), self.method, volatile=self.volatile, begin=begin
+        )
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -40,7 +40,6 @@ REMOVED = frozenset({
 
 _INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
-
 _HONOURED: Mapping[str, tuple[str, ...]] = {
     "fp16": ("enabled", *LOSS_SCALE_KEYS),
     "bf16": ("enabled", *LOSS_SCALE_KEYS, "check_grad_overflow"),

@@ -106,7 +106,7 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
             overwritten; nothing has been written by then.
     """
     task = task_named(config.task)
-    check_outputs(config, task, run_of(config, begin=False))
+    check_outputs(config, task, config.open_run(config.run, begin=False))
     check_mixed_precision(config.mixed_precision, world.device)
     check_data(task, config.data, [name for name in predicted_splits(task) if config.predict and name != "dev"])
     train, dev = (load_split(task, config.data, name) for name in ("train", "dev"))
@@ -194,13 +194,6 @@ def resolved(config: FinetuneConfig, task: Task, max_positions: int) -> Finetune
     defaults["seq_len"] = min(task.seq_len, max_positions)
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return replace(config, task=task.name, **missing)
-
-
-def run_of(config: FinetuneConfig, *, begin: bool) -> Run:
-    """The run directory of the knobs as typed; ``begin`` and errors as in `Run.open`."""
-    return Run.open(
-        config.run or None, config.identity(), config.defaults(), config.method, volatile=config.volatile, begin=begin
-    )
 
 
 def outputs(config: FinetuneConfig, task: Task) -> dict[Path, str]:

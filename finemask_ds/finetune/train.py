@@ -21,7 +21,7 @@ from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.constrain import FixedMask
 from finemask_ds.finetune.give import give
-from finemask_ds.finetune.job import Job, open_job, outputs, run_of
+from finemask_ds.finetune.job import Job, open_job, outputs
 from finemask_ds.finetune.progress import Curve, keep_weights, put_back
 from finemask_ds.models.downstream import TaskModel, counts
 from finemask_ds.provenance import collect
@@ -78,7 +78,7 @@ def _fine_tune(job: Job, run: Run, world: World, interruption: Interruption) -> 
 
 def open_run(job: Job, config: FinetuneConfig) -> Run:
     """The run directory of a cell; another mask or other rows under the same names are refused."""
-    run = run_of(config, begin=True)
+    run = config.open_run(config.run)
     inputs = {
         "mask_fingerprint": job.mask_file.mask.fingerprint() if job.mask_file else None,
         "model_sha256": job.downstream.sha256,

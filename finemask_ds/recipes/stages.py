@@ -73,10 +73,7 @@ class Stage:
         config = parse(CONFIGS[self.launcher], [*self.options, *(shared if self.searches else ())])
         if self.searches:
             try:
-                Run.open(
-                    self.run(root).folder, config.identity(), config.defaults(), config.method,
-                    volatile=config.volatile, begin=False,
-                )  # fmt: skip
+                config.open_run(self.run(root).folder, begin=False)
             except OtherConfigError as error:
                 raise UserError(f"stage {self.name}: {error.what}: type another {folder} DIR") from error
         return config

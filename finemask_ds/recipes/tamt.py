@@ -6,7 +6,7 @@ Nested as in Section 4.1.3: three masks of each method (OMP has one), three fine
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,22 +76,20 @@ def run_recipe(config: TamtRecipeConfig) -> str:
     options += ["--tasks", *config.tasks] if config.tasks else []
     options += ["--data", config.task_data] if config.task_data else []
     sweep = Stage("downstream", "dispatch.py", (*options, *_words("--finetune", config.finetune)), ranks=0)
-    check(plan.searches, sweep, root, shared)
+    check(sweep, root)
     print(f"{len(plan.searches)} searches, {len(plan.masks)} masks to fine-tune", flush=True)
     run_stages(plan.searches, root, shared, "--run")
     run_stage(sweep, root)
     return compare(sweep.run(root), config.sparsities)
 
 
-def check(searches: Sequence[Stage], sweep: Stage, root: Path, shared: Sequence[str]) -> None:
-    """Refuse, before hours of searches, what would end one of them or the sweep after them.
+def check(sweep: Stage, root: Path) -> None:
+    """Refuse, before hours of searches, what would end the sweep after them; `run_stages` looks at theirs.
 
     Raises:
-        UserError: for options that a stage does not have or its folder was not made by, unknown tasks or missing rows.
+        UserError: for options that it does not have, unknown tasks or missing rows.
     """
-    for stage in searches:
-        stage.check(root, shared, "--run")
-    asked = sweep.check(root, shared)
+    asked = sweep.check(root, ())
     assert isinstance(asked, SweepConfig)
     check_tasks([task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)], asked.data)
 

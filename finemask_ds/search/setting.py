@@ -138,7 +138,7 @@ def _check_head(config: SearchConfig, theta0: Pretrained) -> None:
 
 def open_run(folder: Path | None, config: TrainingConfig, facts: Mapping[str, Any]) -> Run:
     """The run directory of a configuration, with the provenance of this start; call it on the first rank."""
-    run = Run.open(folder, config.identity(), config.defaults(), config.method, volatile=config.volatile)
+    run = config.open_run(folder)
     run.write_provenance(facts)
     print(f"run directory {run.folder}", flush=True)
     return run
