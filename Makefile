@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Two at a time: the quick tests need one core each, the slow ones wait for processes, hosts and time-outs half of theirs.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-fast cluster-packages lint clean
@@ -10,11 +12,10 @@ demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" finemask recipe quickstart
 
 test: lint test-fast
-	$(BIN)/python -m pytest tests -m slow --durations 10
+	$(PYTEST) -m slow --durations 10
 
-# The quick tests need one core each, the slow ones have ranks of their own.
 test-fast: $(READY)
-	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
 # sshd, pdsh, Slurm, ...: what the tests on hosts of their own need beside root.
 cluster-packages:
