@@ -8,21 +8,22 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finemask_ds.config import FinetuneConfig, SearchConfig, SweepConfig
 from finemask_ds.config.knobs import DispatchKnobs
 from finemask_ds.data.tasks import default_tasks, task_named
-from finemask_ds.dispatch.executor import Executor, dispatch
+from finemask_ds.dispatch.executor import dispatch
+from finemask_ds.dispatch.executors import check_executor, executor_of
 from finemask_ds.dispatch.plan import Plan
 from finemask_ds.dispatch.plan import sweep as sweep_of
 from finemask_ds.dispatch.survey import State
 from finemask_ds.engine.local import accelerated
 from finemask_ds.engine.world import this_process
 from finemask_ds.errors import UserError
-from finemask_ds.finetune.job import check_cells, check_tasks, check_warmups, with_model
+from finemask_ds.finetune.job import check_cells, check_tasks, with_model
 from finemask_ds.finetune.train import fine_tune
 from finemask_ds.lock import lives
 from finemask_ds.options import parse
@@ -60,10 +61,8 @@ def sweep(config: SweepConfig) -> str:
         config.masks, [task.name for task in tasks], config.seeds, config.num_samples,
         with_full=config.full == "yes", **config.shared_options(),
     )  # fmt: skip
-    check_cells(
-        tasks, config.masks, config.data, model=config.model, folder=resolve_model(config.model, this_process())
-    )
-    check_warmups(config, tasks)
+    check_tasks(config, tasks)
+    check_cells(config, resolve_model(config.model, this_process()))
     executor = executor_of(config)
     plan = Plan.write(root, cells, retries=config.retries)
     seen = dispatch(plan, executor, forgive=config.wait != "tidy")
@@ -77,64 +76,6 @@ def sweep(config: SweepConfig) -> str:
             f"again (what is done is in {page})"
         )
     return "\n".join([score_tables([root, *searches]), *left_out, f"page {page}"])
-
-
-def executor_of(config: SweepConfig) -> Executor:
-    """Where the cells of a sweep run.
-
-    Raises:
-        UserError: where that cannot be had here.
-    """
-    return EXECUTOR[config.executor](config)
-
-
-def check_executor(config: SweepConfig) -> None:
-    """Refuse what `executor_of` would, and connect to nothing.
-
-    Raises:
-        UserError: where that cannot be had here.
-    """
-    if config.executor == "ray":
-        from finemask_ds.dispatch.ray import RayExecutor
-
-        RayExecutor.check(config.ray_address, config.job_options)
-    else:
-        executor_of(config)  # which starts nothing before it is told to
-
-
-def _local(config: SweepConfig) -> Executor:
-    from finemask_ds.dispatch.local import LocalExecutor
-
-    return LocalExecutor(config.slots)
-
-
-def _slurm(config: SweepConfig) -> Executor:
-    from finemask_ds.dispatch.slurm import SlurmExecutor
-
-    leaves = config.wait != "yes"
-    return SlurmExecutor(
-        config.slots, config.job_options, config.job_setup,
-        again=(sys.executable, *sys.orig_argv[1:], "--wait", "tidy") if leaves else (),
-        after="" if config.wait == "tidy" else config.after,  # of which Slurm may know nothing any more
-    )  # fmt: skip
-
-
-def _ray(config: SweepConfig) -> Executor:
-    from finemask_ds.dispatch.ray import RayExecutor
-
-    return RayExecutor(config.ray_address, config.slots, config.job_options)
-
-
-def _elsewhere(config: SweepConfig) -> Executor:
-    from finemask_ds.dispatch.elsewhere import ElsewhereExecutor
-
-    return ElsewhereExecutor()
-
-
-EXECUTOR: Mapping[str, Callable[[SweepConfig], Executor]] = {
-    "local": _local, "slurm": _slurm, "ray": _ray, "elsewhere": _elsewhere,
-}  # fmt: skip
-"""--executor -> what makes it; imports what it needs only then."""
 
 
 def search_then_sweep(config: SearchConfig) -> dict[str, Any]:
@@ -167,13 +108,14 @@ def _check_dispatch(config: SearchConfig) -> None:
     """
     if config.dispatch == "no":
         return
+    asked = parse(SweepConfig, sweep_options(config, config.run))
     try:
-        check_executor(parse(SweepConfig, sweep_options(config, config.run)))
+        check_executor(asked)
     except UserError as error:
         raise UserError(f"--dispatch {config.dispatch}: {error} (--executor is --dispatch here)") from error
     tasks = [task_named(name, "--tasks") for name in config.tasks or default_tasks(config.model)]
     try:
-        check_tasks(tasks, config.task_data)
+        check_tasks(asked, tasks)
     except UserError as error:
         raise UserError(f"the tasks of --dispatch: {error} (what is --data there is --task_data here)") from error
 
@@ -182,7 +124,7 @@ def sweep_options(config: SearchConfig, run: str) -> list[str]:
     """The options of launcher/dispatch.py for the mask that a search has left in ``run``."""
     options = ["--masks", run, "--model", config.model, "--run", str(Path(run) / "downstream")]
     options += ["--executor", config.dispatch, "--seeds", *map(str, config.finetune_seeds)]
-    for name, value in {"data": config.task_data, "tasks": config.tasks, **asked(config)}.items():
+    for name, value in {"data": config.task_data, "tasks": config.tasks, **dispatched(config)}.items():
         if value:
             options += [f"--{name}", *([str(value)] if isinstance(value, str | int) else map(str, value))]
     if config.dispatch == "slurm" and (job := os.environ.get("SLURM_JOB_ID")):
@@ -190,7 +132,7 @@ def sweep_options(config: SearchConfig, run: str) -> list[str]:
     return options
 
 
-def asked(config: DispatchKnobs) -> dict[str, Any]:
+def dispatched(config: DispatchKnobs) -> dict[str, Any]:
     """The knobs of dispatching, which a search hands on to the sweep."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(DispatchKnobs)}
 

@@ -23,16 +23,17 @@ from finemask_ds.dispatch.plan import Plan
 from finemask_ds.downstream import search_then_sweep, sweep
 from finemask_ds.engine.damage import newest_step
 from finemask_ds.errors import UserError
-from finemask_ds.finetune.job import check_warmups
+from finemask_ds.finetune.job import check_tasks
 from finemask_ds.masks.files import load_mask
 from finemask_ds.options import parse
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages
-from finemask_ds.recipes.tamt import BANDS, plan_of, run_recipe
+from finemask_ds.recipes.tamt import BANDS, compare, plan_of, run_recipe
 from finemask_ds.run import Run, read_json
 from finemask_ds.session import search
 from finemask_ds.signals import REPEAT_SEC, Interrupted
 from tests.conftest import REPOSITORY
 from tests.dispatch.toys import until
+from tests.report.fakes import Fakes
 from tests.search import jobs
 from tests.test_launchers import deepspeed, leaks, python, start
 
@@ -86,7 +87,26 @@ def test_a_warm_up_too_long_for_one_of_the_cells_is_told_before_any(
     with pytest.raises(UserError, match=r"--warmup_steps 3 .* less than the 3 steps of --epochs on 16 rows of CoLA"):
         sweep(SweepConfig(warmup_steps=3, **asked))
     assert not (tmp_path / "s").exists()
-    check_warmups(SweepConfig(warmup_steps=2, **asked), [task_named("cola")])
+    check_tasks(SweepConfig(warmup_steps=2, **asked), [task_named("cola")])
+    # A row of SQuAD is several windows: only a cell knows how many.
+    check_tasks(SweepConfig(warmup_steps=100, **asked), [task_named("squad")])
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"num_samples": (0, 49)}, "--num_samples 49: there are 48 training rows of CoLA; type 1 to 48"),
+        ({"seq_len": 65}, "--seq_len 65 is more than the 64 positions of .*; type at most --seq_len 64"),
+    ],
+    ids=["num_samples", "seq_len"],
+)
+def test_a_sweep_that_is_refused_leaves_no_plan(
+    toy_bert: Path, toy_tasks: Path, tmp_path: Path, more: dict[str, Any], sentence: str
+) -> None:
+    """Its cells would join those of the command that is mended."""
+    with pytest.raises(UserError, match=sentence):
+        sweep(SweepConfig(model=str(toy_bert), data=str(toy_tasks), tasks=("cola",), run=str(tmp_path / "s"), **more))
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.slow
@@ -151,6 +171,16 @@ def test_the_papers_statements_need_cells_to_hold() -> None:
     assert all(band.check({}) == ("-", None) for band in BANDS)
 
 
+def test_a_single_task_is_its_own_average_and_what_fails_by_little_is_seen_to_fail(tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path)
+    fakes.cell("mrpc", score=0.8)
+    (mask,) = fakes.search("omp", 0.5, 1).values()
+    fakes.cell("mrpc", mask, method="omp", sparsity=0.5, mask_seed=1, score=0.8 * 0.897)
+    (line,) = [one for one in compare(Run(tmp_path), (0.5,)).splitlines() if "keep 90 %" in one]
+    assert "at least 89.7% (omp)" in line
+    assert line.split()[-1] == "NO"
+
+
 @pytest.mark.slow
 def test_the_recipe_of_the_paper_runs_whole_in_miniature(
     toy_bert: Path, toy_text: Path, toy_tasks: Path, tmp_path: Path
@@ -212,8 +242,11 @@ def test_what_would_end_the_sweep_is_told_before_the_search(
         ({"search": "'unclosed"}, "--search .* cannot be read .No closing quotation."),
         ({"tasks": ("foo",)}, "--tasks 'foo' is unknown"),
         ({"task_data": "nodata", "tasks": ("mrpc",)}, "--data nodata is no folder"),
+        ({"finetune": "--num_samples 9999", "tasks": ("sentiment",)}, "--num_samples 9999: there are 1000"),
+        ({"finetune": "--warmup_steps 9999", "tasks": ("sentiment",)}, "--warmup_steps 9999 .* rows of sentiment"),
+        ({"finetune": "--executor ray --job_options num_cpus=many"}, "num_cpus=many is no amount of a resource"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_a_recipe_looks_at_all_of_its_stages_before_the_first(
     tmp_path: Path, more: dict[str, Any], sentence: str

@@ -35,7 +35,7 @@ class CellKnobs(Config):
     warmup_steps: int | None = knob(None, "steps of the linear rise to the peak rate; default by task, 0 in the papers",
                                     unit="steps", source="authors' code")  # fmt: skip
     dropout: float | None = knob(None, "dropout of hidden states, attention and head; default: the checkpoint's own")
-    weight_decay: float = knob(0.0, "AdamW's weight decay", source="authors' code")
+    weight_decay: float = knob(0.0, "AdamW's weight decay, of biases and norms too", source="authors' code")
     max_grad_norm: float = knob(1.0, "gradients of kept weights are clipped to this global norm; 0: not at all",
                                 source="authors' code")  # fmt: skip
     mixed_precision: str = knob("no", "compute in fp32 ('no'), or in 16 bit with fp32 weights",

@@ -58,7 +58,7 @@ class TrainingConfig(Config):
         1.0, "gradients are clipped to this global norm; 0: not at all", source="authors' MLM code"
     )
     weight_decay: float = knob(
-        0.0, "AdamW's weight decay on trained weights; scores never decay", source="authors' MLM code"
+        0.0, "AdamW's weight decay, of biases and norms too; scores never decay", source="authors' MLM code"
     )
     dev_blocks: int = knob(0, "dev sequences to evaluate on; 0: all", unit="sequences")
     seed: int = knob(1, "seed of data order, masking, dropout and random masks", source="TAMT 4.1.3: three seeds")
@@ -269,7 +269,7 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = knob(16, "sequences per optimizer step over all ranks", unit="sequences", least=1)
     seq_len: int = knob(64, "tokens per sequence, [CLS] and [SEP] included", unit="tokens", least=1)
     dropout: float = knob(0.0, "dropout; the text is read about once, so that nothing is learnt by heart")
-    weight_decay: float = knob(0.01, "AdamW's weight decay")
+    weight_decay: float = knob(0.01, "AdamW's weight decay, of biases and norms too")
     log_every: int = knob(250, "a line and a TensorBoard point every so often", unit="steps", least=1)
     lr: float = knob(1e-3, "peak learning rate of the weights")
     steps: int = knob(2500, "optimizer steps", unit="steps")

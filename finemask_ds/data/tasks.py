@@ -124,10 +124,15 @@ class Examples:
         Raises:
             UserError: where there are fewer rows.
         """
-        if not 1 <= num <= len(self):
-            raise UserError(f"--num_samples {num}: there are {len(self)} training rows; type 1 to {len(self)}")
+        self.check_subset(num)
         rows = numpy.random.default_rng(seed).permutation(len(self))[:num].tolist()
         return self.rows(rows)
+
+    def check_subset(self, num: int, task: str = "") -> None:
+        """Check that a subset of so many rows can be drawn; UserError, naming the task where it is told, if not."""
+        if not 1 <= num <= len(self):
+            of = f" of {task}" if task else ""
+            raise UserError(f"--num_samples {num}: there are {len(self)} training rows{of}; type 1 to {len(self)}")
 
     def rows(self, rows: Sequence[int]) -> Examples:
         """The chosen rows, in the order given."""

@@ -136,7 +136,7 @@ def _stop_unless_finite(engine: Engine, what: str, value: float, step: int, befo
 
 def _accumulate(
     engine: Engine, task: Task, micro_batches: Sequence[Batch], counts: Callable[[Batch], Mapping[str, int]]
-) -> tuple[float, list[tuple[str, Tensor]], bool]:
+) -> tuple[float, dict[str, Tensor], bool]:
     """Forward and backward of a step's micro-batches.
 
     Returns:
@@ -144,16 +144,16 @@ def _accumulate(
     """
     counted = [*map(counts, micro_batches), {_ASKED: int(engine.world.termination.asked)}]
     totals = _total_counts(engine, counted)
-    # A micro-batch's share of the step's mean; the recorder's mean over ranks and micro-batches is their sum.
-    shares = engine.world.size * len(micro_batches)
     step_loss = torch.zeros((), dtype=torch.float64, device=engine.world.device)
-    metrics = []
+    metrics: dict[str, Tensor] = {}
     for batch in micro_batches:
         sums = {name: value / max(totals[name], 1) for name, value in engine.forward(batch).items()}
         loss = torch.stack([sums[name] for name in task.losses]).sum()
         engine.backward(loss)
         step_loss += loss.detach()
-        metrics += [(f"train/{name}", value.detach() * shares) for name, value in sums.items()]
+        metrics = {name: value.detach() + metrics.get(name, 0) for name, value in sums.items()}
+    # A rank's share of the step's means, so many times that the recorder's mean over ranks is their sum.
+    metrics = {f"train/{name}": share * engine.world.size for name, share in metrics.items()}
     return engine.world.sum(step_loss).item(), metrics, totals[_ASKED] > 0
 
 
@@ -166,12 +166,12 @@ def _record_speed(recorder: Recorder, engine: Engine, micro_batches: Sequence[Ba
 def _record_step(
     recorder: Recorder,
     engine: Engine,
-    metrics: Sequence[tuple[str, Tensor]],
+    metrics: Mapping[str, Tensor],
     update: Update,
     rates: Mapping[str, float],
 ) -> None:
     """The losses, the norms, the learning rates and, where there is one, the loss scale of a step that was taken."""
-    for name, value in metrics:
+    for name, value in metrics.items():
         recorder.record(name, value)
     recorder.record_last("train/grad_norm", update.norm)
     for label, norm in update.norms.items():

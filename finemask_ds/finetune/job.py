@@ -117,11 +117,7 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     assert config.seq_len
     assert config.batch_size
     assert config.epochs
-    if config.seq_len > downstream.max_positions:
-        raise UserError(
-            f"--seq_len {config.seq_len} is more than the {downstream.max_positions} positions of {config.model}; "
-            f"type at most --seq_len {downstream.max_positions}"
-        )
+    check_positions(config.seq_len, replace(downstream, name=config.model))
     train = train.subset(config.num_samples, config.seed) if config.num_samples else train
     batching = Batching.of(config.batch_size, config.micro_batch_size, world.size)
     features = _features(config, task, downstream, train, training=True)
@@ -143,49 +139,55 @@ def open_job(config: FinetuneConfig, world: World, *, model: str) -> Job:
     )  # fmt: skip
 
 
-def check_tasks(tasks: Sequence[Task], data: str) -> None:
-    """Check that the rows to train and to evaluate on are there.
+def check_tasks(config: SweepConfig, tasks: Sequence[Task]) -> None:
+    """Check that the rows of a sweep are there, as many as are asked for, and steps enough to reach the peak rate.
 
     Raises:
-        UserError: naming ``--data`` and what it lacks.
+        UserError: naming the knob, for the first task that lacks something.
     """
     for task in tasks:
-        check_data(task, data, ["train", "dev"])
+        check_data(task, config.data, ["train", "dev"])
+    for task in tasks if any(config.num_samples) or config.warmup_steps else ():
+        train = load_split(task, config.data, "train")
+        for num_samples in config.num_samples:
+            if num_samples:
+                train.check_subset(num_samples, task.title)
+            if config.warmup_steps and not config.steps and task.kind != SPAN:  # whose rows are several windows each
+                num_rows = num_samples or len(train)
+                steps = -(-num_rows // (config.batch_size or task.batch_size)) * (config.epochs or task.epochs)
+                check_warmup(config.warmup_steps, steps, f"--epochs on {num_rows} rows of {task.title}")
 
 
-def check_cells(tasks: Sequence[Task], masks: Sequence[str], data: str, *, model: str, folder: str) -> None:
-    """Check what the cells of a sweep will need: every task's files, every mask against the backbone.
+def check_cells(config: SweepConfig, folder: str) -> None:
+    """Check the sequence length and every mask of a sweep against its backbone.
 
     Args:
-        tasks: of the sweep.
-        masks: mask files or run directories.
-        data: as ``--data`` of a fine-tuning.
-        model: as the user types it.
-        folder: hub name or folder to load it from.
+        config: the sweep's.
+        folder: hub name or folder to load ``config.model`` from.
 
     Raises:
         UserError: what would end the first cell that needs it.
     """
-    check_tasks(tasks, data)
-    if masks:
-        downstream = replace(load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0), name=model)
-        for found in map(MaskFile.read, masks):
-            downstream.fitted(found.mask, str(found.path))
+    if not config.masks and not config.seq_len:
+        return
+    downstream = load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0)
+    downstream = replace(downstream, name=config.model)
+    check_positions(config.seq_len or 1, downstream)
+    for found in map(MaskFile.read, config.masks):
+        downstream.fitted(found.mask, str(found.path))
 
 
-def check_warmups(config: SweepConfig, tasks: Sequence[Task]) -> None:
-    """Check that in every cell of a sweep the rate reaches its peak; reads rows where ``--warmup_steps`` is typed.
+def check_positions(seq_len: int, downstream: Downstream) -> None:
+    """Check that the model has a position for every token.
 
     Raises:
-        UserError: for the first task with too few steps.
+        UserError: naming ``--seq_len``.
     """
-    if config.steps or not config.warmup_steps:
-        return
-    for task in tasks:
-        for num_samples in config.num_samples:
-            num_rows = num_samples or len(load_split(task, config.data, "train"))
-            steps = -(-num_rows // (config.batch_size or task.batch_size)) * (config.epochs or task.epochs)
-            check_warmup(config.warmup_steps, steps, f"--epochs on {num_rows} rows of {task.title}")
+    if seq_len > downstream.max_positions:
+        raise UserError(
+            f"--seq_len {seq_len} is more than the {downstream.max_positions} positions of {downstream.name}; "
+            f"type at most --seq_len {downstream.max_positions}"
+        )
 
 
 def resolved(config: FinetuneConfig, task: Task, max_positions: int) -> FinetuneConfig:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from finemask_ds.config import SweepConfig, TamtRecipeConfig
 from finemask_ds.data.tasks import default_tasks, task_named
+from finemask_ds.dispatch.executors import check_executor
 from finemask_ds.errors import UserError
 from finemask_ds.finetune.job import check_tasks
 from finemask_ds.masks.schedule import ladder
 from finemask_ds.recipes.stages import Stage, run_stage, run_stages
 from finemask_ds.report.collect import collect
-from finemask_ds.report.scores import Board, board, final
+from finemask_ds.report.scores import Board, average_over, board, final
 from finemask_ds.report.table import aligned
 from finemask_ds.run import Run
 
@@ -87,11 +88,12 @@ def check(sweep: Stage, root: Path) -> None:
     """Refuse, before hours of searches, what would end the sweep after them; `run_stages` looks at theirs.
 
     Raises:
-        UserError: for options that it does not have, unknown tasks or missing rows.
+        UserError: for options that it does not have, unknown tasks, missing rows or an executor that is not here.
     """
     asked = sweep.check(root, ())
     assert isinstance(asked, SweepConfig)
-    check_tasks([task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)], asked.data)
+    check_executor(asked)
+    check_tasks(asked, [task_named(name, "--tasks") for name in asked.tasks or default_tasks(asked.model)])
 
 
 def _words(option: str, text: str) -> list[str]:
@@ -129,9 +131,12 @@ class Band:
 
 
 def _shares(boards: Boards, sparsity: float) -> dict[str, float]:
-    """Method -> its average as a share of the full model's; empty where there is no such board."""
-    averages = boards[sparsity].averages if sparsity in boards else {}
-    means = {method: average.mean for method, average in averages.items() if average.mean is not None}
+    """Method -> its average, of however few tasks, as a share of the full model's; empty where there is no board."""
+    if sparsity not in boards:
+        return {}
+    board = boards[sparsity]
+    averages = {method: average_over(board, method, board.common) for method in board.methods}
+    means = {method: found.mean for method, found in averages.items() if found is not None and found.mean is not None}
     full = means.pop("full", None)
     return {method: mean / full for method, mean in means.items()} if full else {}
 
@@ -141,7 +146,7 @@ def _matching(boards: Boards) -> tuple[str, bool | None]:
     if not shares:
         return "-", None
     worst = min(shares, key=shares.__getitem__)
-    return f"at least {shares[worst]:.0%} ({worst})", shares[worst] >= 0.9
+    return f"at least {shares[worst]:.1%} ({worst})", shares[worst] >= 0.9
 
 
 def _random_last(boards: Boards) -> tuple[str, bool | None]:
@@ -176,7 +181,7 @@ def _half(boards: Boards) -> tuple[str, bool | None]:
     if not shares:
         return "-", None
     low, high = min(shares.values()), max(shares.values())
-    return f"{low:.0%} to {high:.0%}", low >= 0.35 and high <= 0.65
+    return f"{low:.1%} to {high:.1%}", low >= 0.35 and high <= 0.65
 
 
 def _smallest(margins: Mapping[float, float]) -> str:

@@ -18,6 +18,9 @@ SETTINGS = ("steps", "batch_size", "lr", "warmup_steps", "seq_len", "eval_every"
             "weight_decay", "max_grad_norm", "train_sha256", "data_sha256", "dev_rows")  # fmt: skip
 """What cells of one model, mask, task, number of samples and seed may differ in."""
 
+_OF_THE_ROWS = ("train_sha256", "steps", "warmup_steps")
+"""What depends on the training rows; of SQuAD the steps too, as paragraphs have more windows or fewer."""
+
 _TOLD_LATER = ("dropout", "weight_decay", "max_grad_norm")
 """Knobs that are not in the results of older versions."""
 
@@ -167,14 +170,14 @@ def _told_later(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 def differing(cells: Sequence[CellResult]) -> tuple[str, ...]:
     """The settings in which finished cells of one number differ; what a cell does not tell is no other setting.
 
-    Fewer training rows are drawn by the seed, so that their hash may differ between seeds.
+    Fewer training rows are drawn by the seed, so that what depends on them may differ between seeds.
     """
     done = [cell for cell in cells if cell.done]
     found = []
     for name in SETTINGS:
         values: dict[int, set[Any]] = {}
         for cell in (cell for cell in done if name not in cell.untold):
-            group = cell.seed if name == "train_sha256" and cell.num_samples else 0
+            group = cell.seed if name in _OF_THE_ROWS and cell.num_samples else 0
             values.setdefault(group, set()).add(getattr(cell, name))
         if any(len(one) > 1 for one in values.values()):
             found.append(name)

@@ -152,7 +152,7 @@ def _at_one_sparsity(cells: Sequence[CellResult], board: Board) -> Drawing:
             panel.axvline(edge + 0.5, color="#80808040", linewidth=0.6)
         panel.set(ylabel="score x 100", xlabel="task" if len(names) > 1 else "")
         legend(figure, methods, chosen, lines=False)
-    caption = f"At {percent(board.sparsity)} sparsity, the only one here. " if board.sparsity else ""
+    caption = f"At {percent(board.sparsity)} sparsity, the only one here. " if board.has_masks else ""
     return Drawing("score-by-task", "Downstream score by task", caption +
                    "Mean over masks of the mean over fine-tuning seeds; bars are one standard deviation (over masks, "
                    "or over seeds where a method has a single mask).", figure)  # fmt: skip
@@ -240,7 +240,7 @@ def draw_all(cells: Sequence[CellResult]) -> Iterator[Drawing]:
     by_masks: tuple[Callable[[Sequence[CellResult]], Drawing], ...] = (against_loss, against_cost, against_distance)
     for draw in by_masks:
         yield draw(cells)
-    at = [sparsity for sparsity in statistic.sparsities(cells) if sparsity]
+    at = statistic.sparsities(cells) if any(cell.mask_key for cell in cells) else []
     yield from (similarity(cells, sparsity) for sparsity in at)
     for one in (scarcity, learning_curves):
         drawn = [one(cells, sparsity) for sparsity in at or [0.0]]

@@ -53,9 +53,11 @@ class Score(Spread):
 
 @dataclass(frozen=True)
 class Average(Spread):
-    """The mean over tasks of a method's scores."""
+    """The mean over tasks of a method's scores; ``sd`` and ``n`` are of the masks (or seeds) that have every task."""
 
     scores: tuple[Score, ...]
+    units: int
+    """Masks (or seeds) that have some of the tasks."""
 
 
 Column = tuple[str, int]
@@ -73,6 +75,11 @@ class Board:
     averages: Mapping[str, Average]
     common: tuple[Column, ...]
     """Tasks that every method with a result has: the average is over these."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is more than the full model."""
+        return any(method != "full" for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,7 @@ def _average(parts: Sequence[Score]) -> Average:
     whole = [unit for unit in by_unit.values() if len(unit) == len(parts)]
     units = [statistics.fmean(statistics.fmean(values) for values in unit.values()) for unit in whole]
     over = "masks" if len(masks) > 1 else "seeds"
-    return Average(statistics.fmean(means), _moments(units)[1], len(units), over, tuple(parts))
+    return Average(statistics.fmean(means), _moments(units)[1], len(units), over, tuple(parts), len(by_unit))
 
 
 def mask_points(cells: Sequence[CellResult], columns: Sequence[Column]) -> tuple[list[Column], list[MaskPoint], int]:

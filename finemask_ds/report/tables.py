@@ -105,7 +105,9 @@ def written(found: Spread) -> str:
 
 
 def over(found: Spread) -> str:
-    """``n = 3 masks``."""
+    """``n = 3 masks``; of an average ``n = 2 of 3 masks`` where one lacks a task."""
+    if isinstance(found, Average) and found.n < found.units:
+        return f"n = {found.n} of {found.units} {found.over}"
     return f"n = {found.n} {found.over if found.n != 1 else found.over.removesuffix('s')}" if found.n else ""
 
 
@@ -127,8 +129,11 @@ def main_sheet(board: Board, groups: Groups) -> Sheet:
     if board.averages:
         header = (*header, f"average of {len(board.common)}")
         names = ", ".join(title_of(*column) for column in board.common)
-        caption += f"The average is over {names}: the tasks that all methods with results have. "
-    title = f"Scores at {percent(board.sparsity)} sparsity" if board.sparsity else "Scores of the full model"
+        caption += (
+            f"The average is over {names}: the tasks that all methods with results have; n counts the masks or seeds "
+            "that have all of them. "
+        )
+    title = f"Scores at {percent(board.sparsity)} sparsity" if board.has_masks else "Scores of the full model"
     return Sheet(title, caption + "Bold: the best sparse method.", header, tuple(rows))
 
 
@@ -174,7 +179,7 @@ def fewer_samples(cells: Sequence[CellResult], board: Board, groups: Groups) -> 
     asked = {(c.task, c.num_samples) for c in here if c.mask_key} - set(board.columns)
     columns = sorted(asked, key=lambda c: (statistic.task_key(c[0]), -c[1]))
     found = {(s.method, (s.task, s.num_samples)): s for s in statistic.scores(here, by_steps=False)}
-    methods = [m for m in board.methods if any((m, c) in found for c in columns)]
+    methods = sorted({method for method, column in found if column in columns}, key=statistic.method_key)
     if not columns:
         return None
     best = {c: _best(methods, lambda m, c=c: found.get((m, c))) for c in columns}  # type: ignore[misc]
@@ -204,7 +209,7 @@ def other_metrics(board: Board, groups: Groups) -> Iterator[Sheet]:
                     for name in sorted({name for c in done for name in c.mismatched})]  # fmt: skip
         if done:
             last.append((_heading(board, column), column, lambda c: c.last_score if c.last_score is not None else 0.0))
-    where = f"{percent(board.sparsity)} sparsity" if board.sparsity else "full model"
+    where = f"{percent(board.sparsity)} sparsity" if board.has_masks else "full model"
     for title, caption, chosen in (
         (f"Other metrics, {where}", "At the evaluation with the best score: mean ± standard deviation, x 100.",
          columns),

@@ -283,9 +283,10 @@ def test_a_sweep_with_another_setting_in_the_same_folder_is_told(tmp_path):
 def test_rows_that_the_seed_draws_are_no_other_setting(tmp_path):
     fakes = Fakes(tmp_path)
     for seed in (1, 2):
-        fakes.cell("mrpc", seed=seed, num_samples=100, data_sha256={"train": f"of seed {seed}", "dev": "cc"})
+        told = {"data_sha256": {"train": f"of seed {seed}", "dev": "cc"}, "steps": 120 + seed, "warmup_steps": seed}
+        fakes.cell("mrpc", seed=seed, num_samples=100, **told)
     assert "Cells that differ" not in write_report([tmp_path])[0].read_text()
-    fakes.cell("mrpc", seed=2, num_samples=100, data_sha256={"train": "of other rows", "dev": "cc"})
+    fakes.cell("mrpc", seed=2, num_samples=100, **{**told, "data_sha256": {"train": "of other rows", "dev": "cc"}})
     assert "Cells that differ in train_sha256" in write_report([tmp_path])[0].read_text()
 
 

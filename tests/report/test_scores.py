@@ -8,6 +8,8 @@ import pytest
 
 from finemask_ds.report import scores as statistic
 from finemask_ds.report.cells import CellResult
+from finemask_ds.report.figures import draw_all
+from finemask_ds.report.tables import Groups, fewer_samples, main_sheet, over
 
 
 def cell(task="mrpc", method="tamt-kd", mask=1, seed=1, score=0.5, sparsity=0.7, steps=200, samples=0, **changes):
@@ -83,6 +85,31 @@ def test_the_deviation_of_an_average_is_that_of_the_masks_averages():
     assert (average.n, average.over) == (3, "masks")
     assert average.mean == pytest.approx(of_masks.mean(), abs=1e-15)
     assert average.sd == pytest.approx(of_masks.std(ddof=1), abs=1e-15)
+
+
+def test_an_average_counts_the_masks_that_have_all_of_its_tasks():
+    """Its mean is that of the tasks' means beside it; a mask or seed without one of them has no average of its own."""
+    cells = [cell("mrpc", mask=mask, score=mask / 10) for mask in (1, 2, 3)]
+    cells += [cell("cola", mask=mask, score=mask / 10) for mask in (1, 2)]
+    average = statistic.board(cells, 0.7).averages["tamt-kd"]
+    assert (average.mean, average.sd) == (pytest.approx((0.2 + 0.15) / 2), pytest.approx(numpy.std([0.1, 0.2], ddof=1)))
+    assert over(average) == "n = 2 of 3 masks"
+    average = statistic.board([c for c in cells if c.mask_seed == 1], 0.7).averages["tamt-kd"]
+    assert over(average) == "n = 1 seed"
+
+
+def test_a_method_with_fewer_rows_only_has_its_row_there():
+    cells = [cell(), cell(method="full"), cell(samples=100), cell(method="omp", samples=100), cell("cola")]
+    board = statistic.board(cells, 0.7)
+    assert board.methods == ("full", "tamt-kd")
+    assert [name for name, _ in fewer_samples(cells, board, Groups("")).rows] == ["tamt-kd", "omp"]
+
+
+def test_masks_that_keep_everything_are_masks():
+    cells = [cell(sparsity=0.0), cell(method="full")]
+    assert main_sheet(statistic.board(cells, 0.0), Groups("")).title == "Scores at 0 % sparsity"
+    assert main_sheet(statistic.board(cells[1:], 0.0), Groups("")).title == "Scores of the full model"
+    assert [one.name for one in draw_all(cells) if one.name.startswith("similarity")] == ["similarity-0"]
 
 
 def test_masks_on_the_way_of_a_search_are_not_averaged_with_its_last():
