@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from finemask_ds.cli import main
-from finemask_ds.masks.files import save_mask
+from finemask_ds.masks.files import load_mask, save_mask
 from finemask_ds.masks.mask import Mask
 
 SHAPES = {"emb.weight": (30, 8), "layer.0.q.weight": (8, 8), "layer.1.q.weight": (8, 8)}
@@ -81,7 +81,22 @@ def test_masks_of_different_models_are_not_compared(paths, tmp_path, capsys):
     assert main(["mask", "compare", str(paths[0]), str(other)]) == 2
     sentence = capsys.readouterr().err
     assert f"{other} and {paths[0]} are masks of different models" in sentence
-    assert "emb.weight (8 x 30, there 30 x 8)" in sentence
+    assert "(emb.weight is 30 x 8 and 8 x 30)" in sentence
+
+
+def test_masks_of_other_matrices_of_one_model_are_compared_where_both_have_them(paths, tmp_path, capsys):
+    one, more = load_mask(paths[0]), tmp_path / "more.safetensors"
+    two = Mask.random(SHAPES, 0.5, seed=9)
+    save_mask(more, Mask({**two, "pooler.weight": torch.ones(3, 3, dtype=torch.bool)}))
+    assert main(["mask", "compare", str(paths[0]), str(more)]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("left out, as not all of them have it: pooler.weight\n")
+    assert cells(output, "all weights together") == [f"{one.jaccard(two):.6f}", f"{one.distance(two):.6f}"]
+    assert main(["mask", "compare", str(paths[0]), str(paths[1]), str(more)]) == 0
+    assert f"{one.distance(two):.6f}" in capsys.readouterr().out
+    save_mask(tmp_path / "none", Mask.full_like({"pooler.weight": (3, 3)}))
+    assert main(["mask", "compare", str(paths[0]), str(tmp_path / "none")]) == 2
+    assert "masks of different models (they have no matrix in common)" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_one_sentence_and_exit_code_2(paths):

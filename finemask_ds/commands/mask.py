@@ -86,14 +86,18 @@ def _counts(label: str, shape: str, mask: Mask, names: Sequence[str]) -> list[st
 
 def _compare(arguments: argparse.Namespace) -> None:
     from finemask_ds.masks.files import load_mask
+    from finemask_ds.masks.mask import in_common
 
     paths = [arguments.first, *arguments.others]
     masks = [load_mask(path) for path in paths]
     for path, mask in zip(paths[1:], masks[1:], strict=True):
         try:
-            mask.check(masks[0].shapes, "the first mask")
+            in_common([masks[0], mask])
         except UserError as error:
             raise UserError(f"{path} and {paths[0]} are masks of different models ({error})") from error
+    masks, others = in_common(masks)
+    if others:
+        print(f"left out, as not all of them have it: {abbreviated(others)}")
     if len(masks) == 2:
         _compare_two(*masks)
     else:

@@ -14,7 +14,7 @@ from finemask_ds.units import duration, readable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-SHOWN = ("train/", "dev/", "lr/", "speed/")
+SHOWN = ("train/", "dev/", "lr/", "speed/", "mask/sparsity/total")
 _WINDOW = 20  # logged steps over which the speed is taken: a slow start must not haunt the estimate
 
 

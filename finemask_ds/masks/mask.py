@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -88,6 +88,14 @@ class Mask(Mapping[str, Tensor]):
         other = Mask.__new__(Mask)
         other._shapes, other._bits, other._provenance = self._shapes, self._bits, _json(provenance)
         return other
+
+    def only(self, names: Iterable[str]) -> Mask:
+        """The same bits of these matrices alone."""
+        names = set(names)
+        kept = [name for name in self if name in names]
+        return Mask.from_bits(
+            {name: self._bits[name] for name in kept}, {name: self._shapes[name] for name in kept}, self.provenance
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         columns = self._shapes[name][1]
@@ -192,6 +200,22 @@ class Mask(Mapping[str, Tensor]):
 
     def _names(self, name: str | None) -> list[str]:
         return list(self._shapes) if name is None else [name]
+
+
+def in_common(masks: Sequence[Mask]) -> tuple[list[Mask], list[str]]:
+    """Masks cut to the matrices that all of them have, and the names of the others.
+
+    Raises:
+        UserError: where there is no such matrix, or one is of different shapes.
+    """
+    every = dict.fromkeys(name for mask in masks for name in mask)
+    common = [name for name in every if all(name in mask for mask in masks)]
+    if not common:
+        raise UserError("they have no matrix in common")
+    for name in common:
+        if len(shapes := {dimensions(mask.shapes[name]): None for mask in masks}) > 1:
+            raise UserError(f"{name} is {' and '.join(shapes)}")
+    return [mask.only(common) for mask in masks], [name for name in every if name not in common]
 
 
 def _checked(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

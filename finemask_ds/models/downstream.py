@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finemask_ds.errors import UserError
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import Family, family_of, max_positions
-from finemask_ds.models.load import backbone_sha256, load_model
+from finemask_ds.models.load import backbone_sha256, check_origin, load_model
 
 SPAN = "span"
 
@@ -47,22 +47,14 @@ class Downstream:
         Raises:
             UserError: where it is a mask for another backbone, by its own word or by its names and shapes.
         """
-        told = mask.provenance.get("model_sha256")
-        if told is not None and told != self.sha256:
-            raise UserError(
-                f"{called} is a mask for {mask.provenance.get('model')} (weights {str(told)[:12]}), not for "
-                f"{self.name} (weights {self.sha256[:12]}); type --model as in the search"
-            )
+        check_origin(mask, called, self.name, self.sha256)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         places = {name: self.family.place(name) for name in mask}
-        kept = {
-            name: keep
-            for name, keep in mask.items()
-            if name in shapes or (place := places[name]) is None or place.role != "pooler"
-        }
-        fitted = Mask(kept, mask.provenance)
+        fitted = mask.only(
+            name for name in mask if name in shapes or (place := places[name]) is None or place.role != "pooler"
+        )
         try:
-            fitted.check({name: shapes[name] for name in kept if name in shapes})
+            fitted.check({name: shapes[name] for name in fitted if name in shapes})
         except UserError as error:
             raise UserError(f"{called} does not fit {self.name} ({error}); type --model as in the search") from error
         return fitted

@@ -13,7 +13,7 @@ from finemask_ds.masks.files import load_mask
 from finemask_ds.masks.foreign import refuse_existing, write_prune, write_tamt
 from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import Family, family_of
-from finemask_ds.models.load import add_pooler, load_pretrained, save_pretrained
+from finemask_ds.models.load import Pretrained, add_pooler, check_origin, load_pretrained, save_pretrained
 from finemask_ds.models.patch import find_module, untie_decoder
 
 
@@ -25,7 +25,8 @@ def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
             are measured.
         mask: of its backbone; a pooler that the model lacks is left out.
         hold: whether the pruned weights' gradients are to be zero from now on. Whatever trains the model then, with an
-            optimizer that has not begun, leaves those weights at zero.
+            optimizer that has not begun, leaves those weights at zero. A copy of the model does not hold: it loses
+            the hooks, and wants a call of its own.
 
     Raises:
         UserError: where the mask is for another model, or its family is unknown.
@@ -35,7 +36,7 @@ def apply_mask(model: nn.Module, mask: Mask, *, hold: bool = False) -> None:
     own = {name: name if name in parameters else name.removeprefix(f"{family.backbone}.") for name in mask}
     lacked = {name for name in mask if own[name] not in parameters and _is_pooler(family, name)}
     shapes = {name: tuple(parameters[place].shape) for name, place in own.items() if place in parameters}
-    Mask({name: keep for name, keep in mask.items() if name not in lacked}).check(shapes)
+    mask.only(name for name in mask if name not in lacked).check(shapes)
     decoder: Any = find_module(model, family.decoder)
     if own.get(f"{family.embedding}.weight") in parameters and decoder is not None:
         untie_decoder(model)
@@ -73,8 +74,7 @@ def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:
         UserError: where ``out`` exists, or the mask is broken or for another model.
     """
     refuse_existing(out)
-    mask = load_mask(mask_file)
-    pretrained = load_pretrained(model)
+    mask, pretrained = _opened(mask_file, model)
     add_pooler(pretrained.model, model)  # A downstream task may start from it.
     apply_mask(pretrained.model, mask)
     save_pretrained(pretrained, out)
@@ -84,13 +84,17 @@ def export_checkpoint(mask_file: Path, model: str, out: Path) -> Path:
 def export_tamt(mask_file: Path, model: str, out: Path) -> Path:
     """Write the mask of ``mask_file`` as TAMT's ``mask.pt`` to the new file ``out`` and return it.
 
+    Their code reads a mask of every matrix that it can prune: those that this one leaves alone keep everything there.
+
     Raises:
         UserError: where ``out`` exists, or the mask is broken or for another model.
     """
     refuse_existing(out)
-    mask, weights = _mask_and_weights(mask_file, model)
-    mask.check({name: tuple(weights[name].shape) for name in mask if name in weights})
-    write_tamt(out, mask)
+    mask, pretrained = _opened(mask_file, model)
+    add_pooler(pretrained.model, model)
+    shapes = pretrained.prunable_shapes
+    mask.check({name: shapes[name] for name in mask if name in shapes})
+    write_tamt(out, Mask({**Mask.full_like(shapes), **mask}))
     return out
 
 
@@ -104,18 +108,18 @@ def export_prune(mask_file: Path, model: str, out: Path) -> Path:
         UserError: where ``out`` exists, or the mask is broken or for another model.
     """
     refuse_existing(out)
-    mask, weights = _mask_and_weights(mask_file, model)
-    write_prune(out, mask, weights)
+    mask, pretrained = _opened(mask_file, model)
+    if any(_is_pooler(pretrained.family, name) for name in mask):
+        add_pooler(pretrained.model, model)
+    write_prune(out, mask, pretrained.model.state_dict())
     return out
 
 
-def _mask_and_weights(mask_file: Path, model: str) -> tuple[Mask, dict[str, Tensor]]:
-    """A mask and the state dict of its model, with a pooler only where the mask prunes it."""
-    mask = load_mask(mask_file)
-    pretrained = load_pretrained(model)
-    if any(_is_pooler(pretrained.family, name) for name in mask):
-        add_pooler(pretrained.model, model)
-    return mask, pretrained.model.state_dict()
+def _opened(mask_file: Path, model: str) -> tuple[Mask, Pretrained]:
+    """A mask and the model it was found in, as that model's checkpoint is."""
+    mask, pretrained = load_mask(mask_file), load_pretrained(model, dropout=None)
+    check_origin(mask, str(mask_file), model, pretrained.digest())
+    return mask, pretrained
 
 
 FORMATS = {"checkpoint": export_checkpoint, "tamt": export_tamt, "prune": export_prune}

@@ -100,7 +100,8 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UserError(
             f"model family {model_type!r} is unknown; known are {', '.join(FAMILIES)}; "
-            "a new one is one row of FAMILIES in finemask_ds/models/families.py"
+            "a new one that is built like them, its MLM head a module of its own, is a row of FAMILIES in "
+            "finemask_ds/models/families.py"
         )
     return FAMILIES[model_type]
 

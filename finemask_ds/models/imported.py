@@ -41,14 +41,13 @@ def import_mask(source: Path, model: str, called: str | None = None, *, from_zer
     """
     pretrained = load_pretrained(model)
     add_pooler(pretrained.model, model)  # BERT-Tickets and TAMT's code prune it too.
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in pretrained.model.named_parameters()
-        if pretrained.family.place(name)
-    }
+    shapes = pretrained.prunable_shapes
     foreign = _zeros(source, pretrained) if from_zeros else read_foreign(source, shapes)
-    ours = {name: foreign.matrices[name] for name in shapes if name in foreign.matrices}
-    others = {name: keep for name, keep in foreign.matrices.items() if name not in shapes}
+    matrices = foreign.matrices
+    if matrices.keys().isdisjoint(shapes):  # of the bare encoder, as AutoModel has it
+        matrices = {f"{pretrained.family.backbone}.{name}": keep for name, keep in matrices.items()}
+    ours = {name: matrices[name] for name in shapes if name in matrices}
+    others = {name: keep for name, keep in (matrices if ours else foreign.matrices).items() if name not in shapes}
     mask = Mask({**ours, **others})
     mask.check({name: shapes[name] for name in ours}, "the prunable part of the model")
     provenance = {

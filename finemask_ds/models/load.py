@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from finemask_ds.errors import UserError, abbreviated
+from finemask_ds.masks.mask import Mask
 from finemask_ds.models.families import TARGETS, Family, Place, family_of, head_parameters, max_positions, prunable
 from finemask_ds.run import disk_full_is_user_error
 from finemask_ds.silence import silent_output
@@ -53,6 +54,12 @@ class Pretrained:
         return {name: tuple(weight.shape) for name, weight in self.targets.items()}
 
     @property
+    def prunable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of every matrix that some choice of targets prunes, those of the pooler too."""
+        parameters = self.model.named_parameters()
+        return {name: tuple(parameter.shape) for name, parameter in parameters if self.family.place(name)}
+
+    @property
     def max_positions(self) -> int:
         """Longest sequence in tokens."""
         return max_positions(self.model)
@@ -79,18 +86,38 @@ def backbone_sha256(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def load_pretrained(name: str, *, targets: str = "paper", dropout: float = 0.1) -> Pretrained:
+def check_origin(mask: Mask, called: str, name: str, sha256: str) -> None:
+    """Refuse a mask that says itself that it was found in another theta_0.
+
+    Args:
+        mask: any.
+        called: its file, for the message.
+        name: of the model it is to be put on.
+        sha256: of that model's backbone.
+
+    Raises:
+        UserError: naming both.
+    """
+    told = mask.provenance.get("model_sha256")
+    if told is not None and told != sha256:
+        raise UserError(
+            f"{called} is a mask for {mask.provenance.get('model')} (weights {str(told)[:12]}), not for {name} "
+            f"(weights {sha256[:12]}); type --model as in the search"
+        )
+
+
+def load_pretrained(name: str, *, targets: str = "paper", dropout: float | None = 0.1) -> Pretrained:
     """Load a masked language model and its tokenizer.
 
     Args:
         name: hub name (from the local cache where there is no network) or folder.
         targets: choice of matrices to prune; see ``families.TARGETS``.
-        dropout: probability for hidden states and attention in training.
+        dropout: probability for hidden states and attention in training; None: as the checkpoint says.
 
     Raises:
         UserError: unknown model or family, a checkpoint without safetensors, or targets that the model lacks.
     """
-    options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    options = {} if dropout is None else dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     model, tokenizer, drawn = load_model(name, "AutoModelForMaskedLM", options, seed=0)
     family = family_of(model.config.model_type)
     if f"{family.decoder}.weight" in drawn:

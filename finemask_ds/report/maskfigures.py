@@ -189,6 +189,7 @@ def against_distance(cells: Sequence[CellResult]) -> Drawing:
 def similarity(cells: Sequence[CellResult], sparsity: float) -> Drawing:
     """How alike the masks of one sparsity are: mean over matrices of the Jaccard similarity (TAMT Figure 8, right)."""
     from finemask_ds.masks.files import load_mask
+    from finemask_ds.masks.mask import in_common
 
     name, title = f"similarity-{100 * sparsity:g}", f"Similarity of the masks, {percent(sparsity)}"
     used: dict[str, CellResult] = {}
@@ -203,8 +204,7 @@ def similarity(cells: Sequence[CellResult], sparsity: float) -> Drawing:
             if path is None:
                 continue
             mask = load_mask(path)
-            if masks:
-                mask.check(masks[0].shapes, "the first mask")
+            in_common([*masks, mask])
         except UserError:
             continue
         masks.append(mask)
@@ -212,11 +212,14 @@ def similarity(cells: Sequence[CellResult], sparsity: float) -> Drawing:
         labels.append(cell.method if alone or cell.mask_seed is None else f"{cell.method} {cell.mask_seed}")
     if len(masks) < 2:
         return Drawing(name, title, "Needs the files of two or more masks that cells were fine-tuned with.")
+    masks, others = in_common(masks)
     grid = numpy.array([[one.mean_jaccard(two) for two in masks] for one in masks])
     with style():
         figure = heatmap(grid, labels, labels, "", "Jaccard similarity", xlabel="mask", ylabel="mask", top=1.0,
                          decimals=2)  # fmt: skip
     unread = len(used) - len(masks)
-    words = f" {unread} of {len(used)} masks are not shown (file not found, or too many)." if unread else ""
+    words = f" Of the {len(masks[0])} matrices that all of them have." if others else ""
+    if unread:
+        words += f" {unread} of {len(used)} masks are not shown (file not found or of other matrices, or too many)."
     return Drawing(name, title, "Mean over the matrices of |A and B| / |A or B|; the number behind a method is the "
                    f"seed of its search.{words} As the right of Figure 8 of TAMT.", figure)  # fmt: skip

@@ -70,6 +70,8 @@ def find_mask(setting: Setting) -> Outcome:
                 keep_mask(setting, rung_file, mask, origin, sparsity, stopwatch.seconds)
                 trainer.save(origin, {"rung": rung})
             if sparsity == rungs[-1]:
+                watch.observe(recorder, read_mask(theta0.model))  # Nothing trains after the last pruning.
+                recorder.flush(origin)
                 break
             trainer.run(
                 Span(

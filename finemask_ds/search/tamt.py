@@ -25,7 +25,7 @@ from torch import Tensor
 
 from finemask_ds.config import TamtConfig
 from finemask_ds.engine.base import Group
-from finemask_ds.engine.loop import Span, every
+from finemask_ds.engine.loop import Span, every, is_due
 from finemask_ds.engine.stopwatch import Stopwatch
 from finemask_ds.masks.initialise import binary, ranked
 from finemask_ds.masks.mask import Mask
@@ -69,7 +69,10 @@ def find_mask(setting: Setting) -> Outcome:
             mask = Mask(masks.exact())
             keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, stopwatch.seconds)
 
-        watch = MaskWatch(theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw)
+        watched = not state["step"] or is_due(config.watch_every, state["step"], last=config.num_steps)
+        watch = MaskWatch(
+            theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw, has_previous=watched
+        )
         trainer.run(
             Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
             after_step=[masks.after_step],

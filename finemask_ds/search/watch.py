@@ -47,9 +47,9 @@ class MaskWatch:
 
     `places` gives the role ("Q", "K", ...) and layer (None outside the layers) of each matrix, `start` its
     first mask, bool. `previous` is the mask observed last, where a resumed run goes on from a later one
-    than the start. `draw(grid, rows, columns)` turns the distances, float [layers, roles] with NaN where
-    there is no matrix, into uint8 [height, width, 3]; without it no heat map is recorded. Keeps two masks, a
-    bit per weight.
+    than the start; without `has_previous` nobody knows it, and the first look tells no flips.
+    `draw(grid, rows, columns)` turns the distances, float [layers, roles] with NaN where there is no matrix,
+    into uint8 [height, width, 3]; without it no heat map is recorded. Keeps two masks, a bit per weight.
     """
 
     def __init__(
@@ -58,10 +58,13 @@ class MaskWatch:
         start: Mapping[str, torch.Tensor],
         previous: Mapping[str, torch.Tensor] | None = None,
         draw: Draw | None = None,
+        *,
+        has_previous: bool = True,
     ) -> None:
         self._places = {name: places[name] for name in start}
         self._start = _packed(start, start)
         self._previous = _packed(previous or start, start)
+        self._has_previous = has_previous
         self._draw = draw
 
     def observe(
@@ -74,19 +77,20 @@ class MaskWatch:
     ) -> None:
         """Record mask/sparsity, mask/flips and mask/distance of each role, each layer and the total.
 
-        Flips are the share of weights that changed since the last call. With a drawing function also the
-        image mask/distance_map; with scores, histograms mask/margin/<role> of score minus threshold (of its
-        matrix, 0 where none is given) over a sample. Does nothing on ranks whose recorder does not write:
-        call it anywhere.
+        Flips are the share of weights that changed since the last call, be it before the run was resumed. With a
+        drawing function also the image mask/distance_map; with scores, histograms mask/margin/<role> of score
+        minus threshold (of its matrix, 0 where none is given) over a sample. Does nothing on ranks whose recorder
+        does not write: call it anywhere.
         """
         if not recorder.writes:
             return
         now = _packed(mask, self._start)
         counts = {name: self._count(name, now) for name in self._start}
-        self._previous = now
+        has_previous, self._previous, self._has_previous = self._has_previous, now, True
         for group, sums in self._groups(counts).items():
             recorder.record_last(f"mask/sparsity/{group}", 1 - sums.kept / sums.total)
-            recorder.record_last(f"mask/flips/{group}", sums.flipped / sums.total)
+            if has_previous:
+                recorder.record_last(f"mask/flips/{group}", sums.flipped / sums.total)
             recorder.record_last(f"mask/distance/{group}", sums.distance)
         if self._draw is not None:
             recorder.image("mask/distance_map", self._draw(*distance_grid(self._places, counts)))

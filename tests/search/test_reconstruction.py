@@ -95,6 +95,21 @@ def test_as_a_mask_of_its_own_it_is_found_without_a_step(toy_bert: Path, toy_tex
     assert kinds["reconstruction"]["dev"]["kd_loss"] < kinds["omp"]["dev"]["kd_loss"]
 
 
+def test_distances_are_from_one_omp_whatever_a_mask_is_ranked_over(
+    toy_bert: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    """TAMT's prunes each matrix alike (Section 3.4.2)."""
+    results = {}
+    for scope in ("local", "global"):
+        config = MagnitudeConfig(
+            model=str(toy_bert), data=str(toy_text), run=str(tmp_path / scope), seq_len=16, scope=scope
+        )
+        results[scope] = search(config)
+    masks = [load_mask(tmp_path / scope / "mask.safetensors") for scope in results]
+    assert results["local"]["distance_from_omp"] == 0
+    assert results["global"]["distance_from_omp"] == masks[0].distance(masks[1]) > 0
+
+
 def test_globally_as_many_are_kept_in_all(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
     config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, scope="global", targets="authors")
     setting = opened(config)

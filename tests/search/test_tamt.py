@@ -172,6 +172,23 @@ def test_a_search_with_nothing_kept_of_a_matrix_goes_on(toy_bert: Path, toy_text
     assert 0 in [mask_of(whole).num_kept(name) for name in mask_of(whole)]
 
 
+@pytest.mark.parametrize("watch_every", [2, 3])
+def test_a_killed_run_records_no_other_flips(toy_bert: Path, toy_text: Path, tmp_path: Path, watch_every: int) -> None:
+    """A checkpoint has the mask of its step: the one looked at last, or one that flips are not counted from."""
+    more = {"steps": 8, "save_every": 4, "watch_every": watch_every, "log_every": 1}
+    whole, broken = (jobs.tamt(tmp_path / name, toy_bert, toy_text, **more) for name in ("whole", "broken"))
+    jobs.find(whole)
+    jobs.killed_after(jobs.World(), broken, 4)
+    jobs.find(broken)
+    flips, again = (
+        {line["step"]: line["mask/flips/total"] for line in lines if "mask/flips/total" in line}
+        for lines in ([json.loads(one) for one in Run(Path(config.run)).metrics.read_text().splitlines()]
+                      for config in (whole, broken))
+    )  # fmt: skip
+    assert again == {step: number for step, number in flips.items() if watch_every == 2 or step != 6}
+    assert all(number > 0 for number in flips.values())
+
+
 @pytest.mark.slow
 def test_a_search_that_goes_on_keeps_its_start(
     toy_bert: Path, toy_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -91,6 +91,14 @@ def test_a_resumed_watch_goes_on_where_the_other_stopped():
     assert observed(MaskWatch(PLACES, start, previous=middle), end)[0] == observed(watch, end)[0]
 
 
+def test_a_watch_that_does_not_know_the_mask_before_tells_no_flips_at_first():
+    start, middle, end = (random_mask(seed) for seed in range(3))
+    watch, other = MaskWatch(PLACES, start, has_previous=False), MaskWatch(PLACES, start)
+    known, unknown = observed(other, middle)[0], observed(watch, middle)[0]
+    assert unknown == {name: value for name, value in known.items() if "/flips/" not in name} != known
+    assert observed(watch, end)[0] == observed(other, end)[0]
+
+
 def test_two_empty_masks_are_at_distance_0():
     empty = random_mask(0, density=0.0)
     values, _ = observed(MaskWatch(PLACES, empty), empty)
