@@ -72,8 +72,8 @@ def sweep(config: SweepConfig) -> str:
     page, left_out = write_report([root, *searches], None)
     if failed := seen.count(State.FAILED):
         raise UserError(
-            f"{failed} of {len(plan.cells)} cells failed, see finemask status {root}; the same command tries them "
-            f"again (what is done is in {page})"
+            f"{failed} of {len(plan.cells)} cells failed, see finemask status {shlex.quote(str(root))}; the same "
+            f"command tries them again (what is done is in {page})"
         )
     return "\n".join([score_tables([root, *searches]), *left_out, f"page {page}"])
 

@@ -271,15 +271,12 @@ class Run:
         return dict(read_json(self._record(stage)))
 
     def write_provenance(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Record what made this run; a restart is appended to "restarts" and keeps the first record.
-
-        `extra` (data and model hashes) is merged at the top level.
-        """
-        facts = collect()
+        """Record what made this run, `extra` (hashes, ranks) beside it; a restart is appended to "restarts"."""
+        facts = collect() | dict(extra or {})
         if self.provenance.exists():
             first = read_json(self.provenance)
             facts = first | {"restarts": [*first.get("restarts", []), facts]}
-        write_json(self.provenance, facts | dict(extra or {}))
+        write_json(self.provenance, facts)
 
     def update_provenance(self, extra: Mapping[str, Any]) -> None:
         """Merge values into the provenance at the top level, such as core_hours once they are known."""

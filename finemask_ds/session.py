@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from shlex import quote
 from typing import Any, NoReturn, TypeVar
 
 from finemask_ds.config import (
@@ -72,6 +73,7 @@ def search(config: SearchConfig, world: World | None = None) -> dict[str, Any]:
     done = world.on_first(lambda: setting.run.result_of("search") if setting.run.done("search") else None)
     if done is None:
         with at_work_in(setting.run, world):
+            setting.begin()
             setting = replace(setting, head=trained_head(setting), draw=distance_map)
             done = conclude(setting, METHODS[type(config)](setting))
     return {**done, "run": str(setting.run.folder)}
@@ -186,7 +188,7 @@ def summary(result: Mapping[str, Any]) -> str:
     return (
         f"{result['method']}: sparsity {result['sparsity']:.6f}, dev {', '.join(figures)}, "
         f"distance from OMP {result['distance_from_omp']:.4f}, {result['steps']} steps in {result['seconds']:.0f} s\n"
-        f"mask {result['run']}/mask.safetensors; watch with: tensorboard --logdir {result['run']}/tb"
+        f"mask {result['run']}/mask.safetensors; watch with: tensorboard --logdir {quote(result['run'] + '/tb')}"
     )
 
 
@@ -198,5 +200,5 @@ def _cell_summary(result: Mapping[str, Any]) -> str:
     return (
         f"{result['task']}, {result['method']}: dev {', '.join(figures)}{why} at step {result['best_step']} of "
         f"{result['steps']}, sparsity {result['sparsity']:.6f}, {result['seconds']:.0f} s\n"
-        f"result {result['run']}/result.json; watch with: tensorboard --logdir {result['run']}/tb"
+        f"result {result['run']}/result.json; watch with: tensorboard --logdir {quote(result['run'] + '/tb')}"
     )

@@ -248,10 +248,10 @@ def test_provenance_names_versions_and_hardware_but_no_host(tmp_path):
     assert first["hardware"]["memory_gib"] > 0
     assert first["data_hash"] == "1234"
     assert os.uname().nodename not in run.provenance.read_text()
-    run.write_provenance({"data_hash": "1234"})
+    run.write_provenance({"data_hash": "1234", "ranks": 2})
     run.update_provenance({"core_hours": 0.5})
     again = read_json(run.provenance)
-    assert len(again.pop("restarts")) == 1
+    assert [restart["ranks"] for restart in again.pop("restarts")] == [2], "each start tells its own"
     assert again == first | {"core_hours": 0.5}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 
 from finemask_ds.dispatch.executor import Executor
@@ -36,7 +38,8 @@ class ElsewhereExecutor(Executor):
 
     def stop(self, plan: Plan, is_urgent: Callable[[], bool]) -> str:
         """See the base class."""
-        return f"start as many workers as you like, by: finemask worker {plan.root}"
+        folder, root = shlex.quote(os.getcwd()), shlex.quote(str(plan.root))  # Masks and data may be named from here.
+        return f"start as many workers as you like, by: cd {folder} && finemask worker {root}"
 
     def advice(self, plan: Plan) -> str:
         """See the base class."""

@@ -17,12 +17,13 @@ GIB = 2**30
 LEAST_MEMORY_BYTES = 1 * GIB
 """Of each rank: less does not hold torch, DeepSpeed and BERT-base's scores."""
 DISKS: Mapping[str, tuple[float, float, str]] = {
-    "--run": (2 * GIB, 10 * GIB, "two checkpoints of bert-base take 2.6 GiB; free space or type another --run"),
+    "--run": (3.7 * GIB, 10 * GIB, "three checkpoints of bert-base take 3.7 GiB; free space or type another --run"),
     "FINEMASK_CACHE": (0.5 * GIB, 2 * GIB, "token blocks go there; free space or set FINEMASK_CACHE to another folder"),
-    "temporary files": (0.1 * GIB, 1 * GIB, "free space in /tmp"),
+    "temporary files": (0.1 * GIB, 1 * GIB, "free space there or set TMPDIR to another folder"),
     "shared memory": (0.05 * GIB, 0.25 * GIB, "give the container more, as docker run --shm-size 8g"),
 }
-"""What for -> free bytes below which a run fails, below which it may later, and what to do."""
+"""What for -> free bytes below which a run fails (a third checkpoint is written before the first one goes), below which
+it may later, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def available_bytes() -> int:
 
 
 def _disks(config: DoctorConfig) -> dict[str, tuple[str, int]]:
-    folders = {"--run": Path(config.run), "FINEMASK_CACHE": cache_dir(), "temporary files": Path("/tmp")}
+    folders = {"--run": Path(config.run), "FINEMASK_CACHE": cache_dir(), "temporary files": Path(tempfile.gettempdir())}
     found = {what: existing(folder) for what, folder in folders.items()}
     if SHARED_MEMORY.is_dir():
         found["shared memory"] = SHARED_MEMORY

@@ -160,7 +160,7 @@ def _accumulate(
 def _record_speed(recorder: Recorder, engine: Engine, micro_batches: Sequence[Batch], seconds: float) -> None:
     recorder.record("speed/step_sec", seconds)
     num_tokens = sum(batch["input_ids"].numel() for batch in micro_batches) * engine.world.size
-    recorder.record("speed/tokens_per_sec", num_tokens / seconds)
+    recorder.record("speed/tokens_per_sec", num_tokens / seconds, weight=seconds)  # all tokens by all seconds
 
 
 def _record_step(

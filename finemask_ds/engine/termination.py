@@ -40,8 +40,8 @@ class Termination:
     @classmethod
     def current(cls) -> Termination:
         """The one that handles this process's signals; where none does, one that is never asked."""
-        handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        return handler if isinstance(handler, cls) else cls()
+        handlers = [getattr(signal.getsignal(number), "__self__", None) for number in _SIGNALS]  # one may be ignored
+        return next((handler for handler in handlers if isinstance(handler, cls)), None) or cls()
 
     @property
     def exit_code(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finemask_ds.config import CellKnobs, FinetuneConfig, SweepConfig
 from finemask_ds.config.knobs import check_warmup
@@ -76,6 +76,15 @@ class Job:
     """MNLI's second dev set, where it is there."""
     batches: TaskBatches
     num_steps: int
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What must not change under the names that the configuration has for it, by content."""
+        return {
+            "mask_fingerprint": self.mask_file.mask.fingerprint() if self.mask_file else None,
+            "model_sha256": self.downstream.sha256,
+            "data_sha256": {"train": self.train.sha256, "dev": self.dev.examples.sha256},
+        }
 
     @property
     def span(self) -> Span:
@@ -214,6 +223,8 @@ def check_outputs(config: FinetuneConfig, task: Task, run: Run) -> None:
     """
     own = run.result_of("outputs")["paths"] if run.done("outputs") else []
     for path, argument in outputs(config, task).items():
+        if path.absolute() in (run.folder.absolute(), *run.folder.absolute().parents):
+            raise UserError(f"{path} is where the run itself goes, {run.folder}; type another {argument}")
         if str(path.absolute()) not in own:
             refuse_existing(path, argument)
 

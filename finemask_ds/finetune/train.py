@@ -51,6 +51,7 @@ def fine_tune(
     if world.on_first(lambda: run.done("finetune")):
         return {**world.on_first(lambda: run.result_of("finetune")), "run": str(run.folder)}
     with at_work_in(run, world):
+        world.on_first(lambda: run.write_provenance(job.inputs))
         return _fine_tune(job, run, world, interruption or Interruption())
 
 
@@ -79,17 +80,11 @@ def _fine_tune(job: Job, run: Run, world: World, interruption: Interruption) -> 
 def open_run(job: Job, config: FinetuneConfig) -> Run:
     """The run directory of a cell; another mask or other rows under the same names are refused."""
     run = config.open_run(config.run)
-    inputs = {
-        "mask_fingerprint": job.mask_file.mask.fingerprint() if job.mask_file else None,
-        "model_sha256": job.downstream.sha256,
-        "data_sha256": {"train": job.train.sha256, "dev": job.dev.examples.sha256},
-    }
     before = read_json(run.provenance) if run.provenance.exists() else {}
-    if any(before.get(key, value) != value for key, value in inputs.items()):
+    if any(before.get(key, value) != value for key, value in job.inputs.items()):
         raise UserError(f"{run.folder} was begun with another mask, model or data of these names; type another --run")
     if run.done("finetune") and not all(path.exists() for path in outputs(config, job.task)):
         raise UserError(f"{run.folder} is done and kept no weights; type another --run to train again and write them")
-    run.write_provenance(inputs)
     print(f"run directory {run.folder}", flush=True)
     return run
 

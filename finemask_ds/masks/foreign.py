@@ -92,13 +92,18 @@ def write_prune(path: str | os.PathLike[str], mask: Mask, weights: Mapping[str, 
 
 
 def refuse_existing(path: str | os.PathLike[str], argument: str = "--out") -> None:
-    """Refuse to write over a file or folder, naming the argument to change.
+    """Refuse to write over a file or folder, or where nothing can be written, naming the argument to change.
 
     Raises:
-        UserError: where ``path`` exists.
+        UserError: where ``path`` exists, or cannot.
     """
     if os.path.lexists(path):
         raise UserError(f"{path} exists and is not written over; type another {argument}")
+    place = next(place for place in Path(path).absolute().parents if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{path} cannot be written, as {place} is no folder that you may write; type another {argument}"
+        )
 
 
 def _save(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ tasks with some seeds, which ends in a table of scores and a page.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,4 +54,4 @@ def main_job(root: Path, seeds: Sequence[int], tasks: Sequence[str] = ()) -> str
     losses = table(run_stages(STAGES, root, SHARED))
     print(f"\n{losses}\n", flush=True)
     run_stage(downstream(root, seeds, tasks), root)
-    return f"watch the searches with: tensorboard --logdir {root}"
+    return f"watch the searches with: tensorboard --logdir {shlex.quote(str(root))}"

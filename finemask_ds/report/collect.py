@@ -149,14 +149,14 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _once(cells: Sequence[CellResult]) -> tuple[list[CellResult], int]:
     """Each cell once, a finished one before one that is not, whatever folder it was found in.
 
-    Finished ones are the same where model, mask, rows, seed and settings are, as far as these are known; ids alone are
-    names of folders.
+    Finished ones are the same where model, method, mask, rows, seed and settings are, as far as these are known; ids
+    alone are names of folders. (Two methods may find one mask, as OMP and TAMT before a score has crossed.)
     """
     kept: dict[tuple[object, ...], list[CellResult]] = {}
     known = set()
     for cell in sorted(cells, key=lambda cell: (not cell.done, len(cell.untold))):
         planned = (cell.backbone, cell.id)
-        asked = (cell.backbone, cell.task, cell.mask_key, cell.seed, cell.num_samples)
+        asked = (cell.backbone, cell.task, cell.method, cell.mask_key, cell.seed, cell.num_samples)
         alike = kept.setdefault(asked if cell.done else planned, [])
         if all(differing((cell, other)) for other in alike) if cell.done else planned not in known:
             alike.append(cell)

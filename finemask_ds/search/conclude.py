@@ -118,7 +118,7 @@ def _write(setting: Setting, outcome: Outcome, result: Mapping[str, Any]) -> Non
     final = {**result["dev"], **{key: result[key] for key in ("sparsity", "distance_from_omp", "seconds")}}
     figures = {name: value for name, value in final.items() if value is not None}
     write_hyperparameters(run.tensorboard, setting.search.result_identity(), figures)
-    hours = outcome.seconds / 3600 * setting.world.size
+    hours = outcome.rank_seconds / 3600
     on_gpu = setting.world.device.type == "cuda"
     run.update_provenance({"gpu_hours": hours} if on_gpu else {"core_hours": hours * torch.get_num_threads()})
     run.mark_done("search", result)

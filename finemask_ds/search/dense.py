@@ -22,9 +22,9 @@ from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.models.families import head_parameters
 from finemask_ds.models.load import Pretrained, new_pretrained, save_pretrained
-from finemask_ds.run import atomic_write, cache_dir, content_hash
+from finemask_ds.run import Run, atomic_write, cache_dir, content_hash
 from finemask_ds.search.objectives import Objective
-from finemask_ds.search.setting import Setting, Trainer, freeze_all_but, open_run
+from finemask_ds.search.setting import Setting, Trainer, freeze_all_but
 
 
 def builtin_corpus() -> Path:
@@ -56,8 +56,7 @@ def builtin_model(config: PretrainConfig, world: World) -> Path:
     language = builtin_corpus()
     fresh = _fresh_builtin(config, language)
     corpus = load_blocks(str(language), fresh.tokenizer, config.seq_len, max_positions=fresh.max_positions)
-    facts = {"data": corpus.provenance, "ranks": world.size}
-    run = world.on_first(lambda: open_run(Path(f"{folder}.run"), config, facts))
+    run = world.on_first(lambda: config.open_run(Path(f"{folder}.run")))
     tokens = MaskingTokens.from_tokenizer(fresh.tokenizer)
     setting = Setting(config, world, run, str(language), fresh.digest(), corpus, tokens)
     if world.is_first:
@@ -81,17 +80,17 @@ def trained_head(setting: Setting) -> dict[str, Tensor] | None:
         return None
     head_config = _head_config(config)
     key = content_hash(setting.model_sha256, str(setting.corpus.provenance["key"]), repr(head_config.result_identity()))
-    facts = {"data": setting.corpus.provenance, "ranks": setting.world.size}
-    run = setting.world.on_first(lambda: open_run(cache_dir() / "heads" / key, head_config, facts))
-    with at_work_in(run, setting.world, wait=True):
-        if not setting.world.on_first(run.head.exists):
-            values = _train_head(
-                dataclasses.replace(setting, config=head_config, run=run), setting.theta0(), head_config
-            )
-            if setting.world.is_first:
-                with atomic_write(run.head, "wb") as stream:
-                    stream.write(save(values))
-    return load(setting.world.on_first(run.head.read_bytes))  # The hosts need not share the cache.
+    run, world = Run(cache_dir() / "heads" / key), setting.world
+    if not world.on_first(run.head.exists):
+        world.on_first(lambda: head_config.open_run(run.folder))
+        with at_work_in(run, world, wait=True):
+            if not world.on_first(run.head.exists):
+                here = dataclasses.replace(setting, config=head_config, run=run)
+                values = _train_head(here, setting.theta0(), head_config)
+                if world.is_first:
+                    with atomic_write(run.head, "wb") as stream:
+                        stream.write(save(values))
+    return load(world.on_first(run.head.read_bytes))  # The hosts need not share the cache.
 
 
 def _train_head(setting: Setting, theta0: Pretrained, config: HeadConfig) -> dict[str, Tensor]:
@@ -104,6 +103,7 @@ def _train_head(setting: Setting, theta0: Pretrained, config: HeadConfig) -> dic
 
 def train_mlm(setting: Setting, model: nn.Module, groups: Sequence[Group], span: Span) -> dict[str, Tensor]:
     """Train the groups' parameters on MLM and return their values, on the CPU."""
+    setting.begin()
     freeze_all_but(model, groups)
     objective = Objective(model, "mlm")
     engine = setting.engine(objective, groups)

@@ -43,7 +43,7 @@ def find_mask(setting: Setting) -> Outcome:
     """IMP: prune, rewind, train, rung by rung."""
     config = setting.config
     assert isinstance(config, ImpConfig)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(ranks=setting.world.size)
     theta0, mask, groups = start(setting, config)
     weights = {name: value.detach().clone() for name, value in backbone_parameters(theta0).items()}
     objective = Objective(theta0.model, "mlm")
@@ -81,7 +81,8 @@ def find_mask(setting: Setting) -> Outcome:
                 watch=[lambda step: watch.observe(recorder, read_mask(theta0.model))],
                 state=lambda rung=rung: {"rung": rung},  # type: ignore[misc]
             )  # fmt: skip
-    return Outcome(mask, num_steps, stopwatch.seconds, head_values(engine), engine.describe())
+    spent = stopwatch.seconds, stopwatch.rank_seconds
+    return Outcome(mask, num_steps, *spent, head_values(engine), engine.describe())
 
 
 def looked_at_last(setting: Setting, rungs: Sequence[float], state: Mapping[str, int]) -> Mask | None:

@@ -20,7 +20,7 @@ from finemask_ds.search.setting import Setting
 
 def find_mask(setting: Setting) -> Outcome:
     """OMP, random or reconstruction."""
-    config, stopwatch = setting.config, Stopwatch()
+    config, stopwatch = setting.config, Stopwatch(ranks=setting.world.size)
     assert isinstance(config, MagnitudeConfig)
     theta0 = setting.theta0()
     if config.kind == "omp":
@@ -29,7 +29,7 @@ def find_mask(setting: Setting) -> Outcome:
         mask = random_mask(theta0, config)
     else:
         mask = largest(reconstruction_sizes(theta0, setting), config)
-    return Outcome(mask, steps=0, seconds=stopwatch.seconds)
+    return Outcome(mask, steps=0, seconds=stopwatch.seconds, rank_seconds=stopwatch.rank_seconds)
 
 
 def omp_mask(theta0: Pretrained, config: SearchConfig) -> Mask:

@@ -28,6 +28,8 @@ class Outcome:
     seconds: float
     """Wall time of the search over all restarts, from loading theta_0 to the mask; evaluations and what watches the
     search apart, as in TAMT's Figure 6 and Table 3."""
+    rank_seconds: float
+    """The same of all ranks together, of which each start may have had another number."""
     head: Mapping[str, Tensor] | None = None
     """The MLM head as trained along, on the CPU, where the method trains it."""
     engine: str = ""

@@ -61,6 +61,11 @@ class Setting:
         assert isinstance(self.config, SearchConfig)
         return self.config
 
+    def begin(self) -> None:
+        """Note this start in the run directory, which is to be this process's own by then; collective."""
+        facts = {"model": {"name": self.config.model, "sha256": self.model_sha256}, "data": self.corpus.provenance}
+        self.world.on_first(lambda: self.run.write_provenance({**facts, "ranks": self.world.size}))
+
     def theta0(self) -> Pretrained:
         """A fresh copy of the pre-trained model, with its head, on the CPU."""
         pretrained = load_pretrained(self.model, targets=self.search.targets, dropout=self.config.dropout)
@@ -112,13 +117,14 @@ def open_setting(config: SearchConfig, world: World, *, model: str, data: str) -
     _check_head(config, pretrained)
     corpus = load_blocks(data, pretrained.tokenizer, config.seq_len, max_positions=pretrained.max_positions)
     tokens = MaskingTokens.from_tokenizer(pretrained.tokenizer)
-    model_facts = {"name": config.model, "sha256": pretrained.digest()}
-    hashes = {f"the model {config.model}": model_facts["sha256"], f"the text {config.data}": corpus.provenance["key"]}
+    model_sha256 = pretrained.digest()
+    hashes = {f"the model {config.model}": model_sha256, f"the text {config.data}": corpus.provenance["key"]}
     check_same(world, hashes)
-    facts = {"model": model_facts, "data": corpus.provenance, "ranks": world.size}
-    run = world.on_first(lambda: open_run(Path(config.run) if config.run else None, config, facts))
+    run = world.on_first(lambda: config.open_run(Path(config.run) if config.run else None))
     check_shared(world, run.folder)
-    return Setting(config, world, run, model, model_facts["sha256"], corpus, tokens)
+    if world.is_first:
+        print(f"run directory {run.folder}", flush=True)
+    return Setting(config, world, run, model, model_sha256, corpus, tokens)
 
 
 def _check_head(config: SearchConfig, theta0: Pretrained) -> None:
@@ -134,14 +140,6 @@ def _check_head(config: SearchConfig, theta0: Pretrained) -> None:
         raise UserError(
             f"{config.model} has no MLM head to train with; type --head_steps N to train one first, as 1000"
         )
-
-
-def open_run(folder: Path | None, config: TrainingConfig, facts: Mapping[str, Any]) -> Run:
-    """The run directory of a configuration, with the provenance of this start; call it on the first rank."""
-    run = config.open_run(folder)
-    run.write_provenance(facts)
-    print(f"run directory {run.folder}", flush=True)
-    return run
 
 
 def batching_of(config: TrainingConfig, world: World) -> Batching:
@@ -200,17 +198,18 @@ class Trainer:
     keeps_checkpoints: bool = True
     """False where the hosts share no folder for them."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _logged: int = field(default=0, init=False)
 
     def resume(self) -> dict[str, Any]:
         """Continue from the newest checkpoint; its state, or ``{"step": 0}`` where there is none."""
         kept = load_checkpoint(self.setting.run.checkpoints, self.engine) if self.keeps_checkpoints else None
         state = kept or {"step": 0}
-        self.stopwatch.before_sec = state.get("seconds", 0.0)
+        self.stopwatch.go_on(state)
         return state
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint after ``step``; the seed and the data position are all that its draws depend on."""
-        about = {"seed": self.setting.config.seed, "seconds": self.stopwatch.seconds}
+        about = {"seed": self.setting.config.seed, **self.stopwatch.state()}
         if self.keeps_checkpoints:
             save_checkpoint(self.setting.run.checkpoints, self.engine, step, {**state, **about})
 
@@ -257,7 +256,8 @@ class Trainer:
                 self._terminate(span.last, state())
 
     def _terminate(self, step: int, state: Mapping[str, Any]) -> NoReturn:
-        """A rank was asked to end: save where all ranks stand now, and end them all."""
+        """A rank was asked to end: log and save where all ranks stand now, and end them all."""
+        self._log(step)
         self.save(step, state)
         folder = self.setting.run.checkpoints
         kept = f"checkpoint at step {step} in {folder}" if self.keeps_checkpoints else f"step {step} is lost"
@@ -293,5 +293,8 @@ class Trainer:
         return run
 
     def _log(self, step: int) -> None:
+        if step == self._logged:
+            return
+        self._logged = step
         self.recorder.record_last("memory/peak_gib", peak_memory_gib(self.engine.world.device))
         self.recorder.flush(step)

@@ -47,7 +47,7 @@ def find_mask(setting: Setting) -> Outcome:
     """TAMT: freeze the weights, learn the scores, keep the exact selection."""
     config = setting.config
     assert isinstance(config, TamtConfig)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(ranks=setting.world.size)
     theta0, start, groups = freeze(setting, config)
     start_sec = stopwatch.seconds
     objective = Objective(theta0.model, config.objective)
@@ -86,6 +86,7 @@ def find_mask(setting: Setting) -> Outcome:
         Mask(read_mask(theta0.model)),
         config.num_steps,
         stopwatch.seconds,
+        stopwatch.rank_seconds,
         head_values(engine),
         engine.describe(),
     )

@@ -55,7 +55,7 @@ BAD = {
     "another commit": ({"versions": {**VERSIONS, "commit": "fedcba987654"}}, "check out the same commit there"),
     "fewer devices": ({"device_id": "2"}, "node2 has 1 device(s) for 2 ranks; write slots=1"),
     "no memory": ({"memory_bytes": GIB}, "0.5 GiB free for each rank on node2"),
-    "a full disk": ({"disks": {**ROOM, "--run": ("/big", GIB)}}, "1.0 GiB free in /big on node2; two checkpoints"),
+    "a full disk": ({"disks": {**ROOM, "--run": ("/big", GIB)}}, "1.0 GiB free in /big on node2; three checkpoints"),
     "no model": ({"failures": {"--model": "model 'x' could not be loaded"}}, "--model: on node2: model 'x' could not"),
     "another precision": ({"computes_in": "compute in fp32"}, "compute in bf16 but compute in fp32"),
 }  # fmt: skip

@@ -103,6 +103,20 @@ def test_where_no_launcher_asked_for_it_signals_are_left_alone() -> None:
     assert Termination.current() is not first
 
 
+@pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGINT])
+def test_it_is_found_by_the_signal_that_is_not_ignored(ignored: signal.Signals) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+        termination = Termination()
+        with termination.handling():
+            assert Termination.current() is termination
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
 def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
     """A signal that is not ignored, as Ctrl-C is where the tests run in the background."""

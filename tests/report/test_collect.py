@@ -59,6 +59,16 @@ def test_cells_of_other_settings_are_no_duplicates(tmp_path):
     assert (len(found.cells), found.duplicates) == (1 + len(others), 0)
 
 
+def test_methods_that_found_one_mask_are_two(tmp_path):
+    """As OMP and TAMT while no score has crossed the threshold."""
+    fakes = Fakes(tmp_path)
+    (mask,) = fakes.search("omp", 0.7, 1).values()
+    for method in ("omp", "tamt-mlm"):
+        fakes.cell("mrpc", mask, method=method, sparsity=0.7)
+    found = collect([tmp_path])
+    assert ({cell.method for cell in found.cells}, found.duplicates) == ({"omp", "tamt-mlm"}, 0)
+
+
 @pytest.mark.parametrize("place", [".", "attempt-2"])
 def test_an_older_result_has_the_knobs_of_its_config(tmp_path, place):
     """It does not tell them, and is still the same cell as a result that does."""

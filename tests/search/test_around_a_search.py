@@ -20,7 +20,7 @@ from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
 from finemask_ds.lock import Lock
 from finemask_ds.masks.files import load_mask
-from finemask_ds.run import Run
+from finemask_ds.run import Run, cache_dir, read_json
 from finemask_ds.search.dense import builtin_folder
 from finemask_ds.search.selection import EMBEDDING_DENSITY
 from finemask_ds.search.setting import Trainer
@@ -58,6 +58,26 @@ def test_a_search_that_is_asked_to_end_in_its_last_evaluation_loses_nothing(
     jobs.find(other)
     assert mask_of(config) == mask_of(other)
     assert jobs.losses(config) == jobs.losses(other)
+
+
+def test_a_search_that_is_asked_to_end_logs_what_it_has_trained(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
+    """Between two lines of the log; the line after counts only what comes after."""
+    config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, steps=12, log_every=10, eval_every=0, watch_every=0)
+    termination, agree = Termination(), Trainer._agree
+
+    def asked(trainer: Trainer, step: int) -> None:
+        termination.asked = step == 7
+        agree(trainer, step)
+
+    with mock.patch.object(Trainer, "_agree", asked), pytest.raises(Terminated, match="at step 8"):
+        search(dataclasses.replace(config, agree_every=1), World(termination=termination))
+    jobs.find(config)
+    lines = [json.loads(line) for line in Run(tmp_path / "run").metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 10, 12]
+    for line in lines:
+        assert line["speed/step_sec"] * line["speed/tokens_per_sec"] == pytest.approx(8 * 16), "tokens of a step"
+    hours = read_json(Run(tmp_path / "run").provenance)["core_hours"]
+    assert 0 < hours * 3600 < 60
 
 
 def test_masks_on_the_way_are_exact_between_selections(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
@@ -101,6 +121,11 @@ def test_what_is_told_of_a_head_can_be_typed_for_the_same_run_directory(
         assert not run.exists()
         jobs.find(jobs.either(method, run, model, toy_text, head_steps=right, **options))
         assert Run(run).mask.exists()
+    heads = cache_dir() / "heads"
+    made = {path: path.stat().st_mtime_ns for path in heads.rglob("*")}
+    assert made
+    jobs.find(jobs.either(method, tmp_path / "again", headless, toy_text, head_steps=2, **options))
+    assert {path: path.stat().st_mtime_ns for path in heads.rglob("*")} == made, "a head that is there is only read"
 
 
 @pytest.mark.slow

@@ -70,9 +70,9 @@ def _losses(metrics: Path) -> list[tuple[int, float]]:
 def test_a_finished_run_is_not_run_again(toy_bert: Path, toy_text: Path, tmp_path: Path) -> None:
     config = jobs.tamt(tmp_path / "run", toy_bert, toy_text, steps=3)
     first = jobs.find(config)
-    written = Run(tmp_path / "run").mask.stat().st_mtime_ns
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert jobs.find(config) == first
-    assert Run(tmp_path / "run").mask.stat().st_mtime_ns == written
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == written, "nor written to"
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
