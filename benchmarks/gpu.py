@@ -64,6 +64,7 @@ def configs(arguments: argparse.Namespace, folder: Path) -> dict[str, SearchConf
 def figures(config: SearchConfig, result: dict[str, Any]) -> dict[str, Any]:
     """What a run's log and result say."""
     lines = [json.loads(line) for line in Run(Path(config.run)).metrics.read_text().splitlines()]
+    lines = [line for line in lines if "speed/tokens_per_sec" in line]  # IMP's last one is of its mask alone.
     steady = lines[len(lines) // 2 :]
     last = lines[-1]
     return {

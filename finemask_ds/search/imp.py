@@ -68,10 +68,11 @@ def find_mask(setting: Setting) -> Outcome:
                 rewind(engine, weights, mask, to_theta0=config.rewind == "theta0")
                 rung_file = setting.run.rung_mask(sparsity)
                 keep_mask(setting, rung_file, mask, origin, sparsity, stopwatch.seconds)
+                if sparsity == rungs[-1]:  # Nothing trains after it, or is logged.
+                    watch.observe(recorder, mask)
+                    recorder.flush(origin)
                 trainer.save(origin, {"rung": rung})
             if sparsity == rungs[-1]:
-                watch.observe(recorder, read_mask(theta0.model))  # Nothing trains after the last pruning.
-                recorder.flush(origin)
                 break
             trainer.run(
                 Span(

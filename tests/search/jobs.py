@@ -80,7 +80,8 @@ def found_plainly(world: World, config: SearchConfig) -> dict[str, Any]:
 def losses(config: SearchConfig) -> list[dict[str, float]]:
     """The losses in a run's log, of training and of evaluation."""
     lines = [json.loads(line) for line in Run(Path(config.run)).metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key.endswith("_loss") or key == "step"} for line in lines]
+    found = [{key: value for key, value in line.items() if key.endswith("_loss") or key == "step"} for line in lines]
+    return [line for line in found if len(line) > 1]
 
 
 def find(config: SearchConfig, pool: RankPool | None = None) -> dict[str, Any]:
