@@ -56,7 +56,7 @@ def run(cell: Cell, shared: Path, core: int) -> None:
     write_json(cell.kept, {
         "made": {**collect(), "command": " ".join(["python", *command[1:]])},
         "curve": [[line["step"], line[loss]] for line in lines if loss in line],
-        "step_sec": statistics.median(line["speed/step_sec"] for line in lines),
+        "step_sec": statistics.median(line["speed/step_sec"] for line in lines if "speed/step_sec" in line),
         "start_sec": next((line["speed/start_sec"] for line in lines if "speed/start_sec" in line), 0.0),  # not IMP's
         "seconds": result["seconds"], **{name: result[name] for name in of_mask},
     })  # fmt: skip
