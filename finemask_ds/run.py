@@ -111,6 +111,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FINEMASK_CACHE") or "~/.cache/finemask_ds").expanduser()
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest place above it that there is: looking must not make any."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def content_hash(*parts: str | bytes | Path) -> str:
     """Return 16 hex characters of SHA-256 over the parts, each preceded by its length in bytes.
 

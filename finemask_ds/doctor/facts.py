@@ -21,7 +21,7 @@ from finemask_ds.engine.precision import BLOCKS, is_fast, resolve_precision
 from finemask_ds.engine.settings import check_settings, read_settings
 from finemask_ds.engine.world import World
 from finemask_ds.errors import UserError
-from finemask_ds.run import cache_dir
+from finemask_ds.run import cache_dir, existing
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -109,12 +109,6 @@ def _disks(config: DoctorConfig) -> dict[str, tuple[str, int]]:
     if SHARED_MEMORY.is_dir():
         found["shared memory"] = SHARED_MEMORY
     return {what: (str(folder), shutil.disk_usage(folder).free) for what, folder in found.items()}
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that there is: looking must not make any."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _look_for(config: DoctorConfig, world: World) -> tuple[dict[str, str], str]:

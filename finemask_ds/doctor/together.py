@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from finemask_ds.doctor.checks import Check, Cluster
-from finemask_ds.doctor.facts import existing
 from finemask_ds.doctor.finding import Finding
 from finemask_ds.engine.shared import hosts_without
 from finemask_ds.engine.world import World
 from finemask_ds.errors import abbreviated
-from finemask_ds.run import cache_dir
+from finemask_ds.run import cache_dir, existing
 
 REPEATS = 5
 LATENCY_REPEATS = 20

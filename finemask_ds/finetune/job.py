@@ -177,11 +177,12 @@ def check_cells(config: SweepConfig, folder: str) -> None:
     Raises:
         UserError: what would end the first cell that needs it.
     """
-    if not config.masks and not config.seq_len:
+    if not (config.masks or config.seq_len):
         return
     downstream = load_downstream(folder, kind="regression", labels=(), dropout=None, seed=0)
     downstream = replace(downstream, name=config.model)
-    check_positions(config.seq_len or 1, downstream)
+    if config.seq_len:
+        check_positions(config.seq_len, downstream)
     for found in map(MaskFile.read, config.masks):
         downstream.fitted(found.mask, str(found.path))
 

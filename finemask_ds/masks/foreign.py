@@ -20,7 +20,7 @@ from torch import Tensor
 from finemask_ds.errors import UserError, abbreviated
 from finemask_ds.masks.mask import Mask, Shape
 from finemask_ds.masks.untrusted import WANTED, is_numpy, read_arrays, read_tensors
-from finemask_ds.run import atomic_write
+from finemask_ds.run import atomic_write, existing
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def refuse_existing(path: str | os.PathLike[str], argument: str = "--out") -> No
     """
     if os.path.lexists(path):
         raise UserError(f"{path} exists and is not written over; type another {argument}")
-    place = next(place for place in Path(path).absolute().parents if place.exists())
+    place = existing(Path(path))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(
             f"{path} cannot be written, as {place} is no folder that you may write; type another {argument}"

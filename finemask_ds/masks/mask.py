@@ -91,11 +91,10 @@ class Mask(Mapping[str, Tensor]):
 
     def only(self, names: Iterable[str]) -> Mask:
         """The same bits of these matrices alone."""
-        names = set(names)
-        kept = [name for name in self if name in names]
-        return Mask.from_bits(
-            {name: self._bits[name] for name in kept}, {name: self._shapes[name] for name in kept}, self.provenance
-        )
+        other, names = Mask.__new__(Mask), set(names)
+        other._shapes = _checked({name: shape for name, shape in self._shapes.items() if name in names})
+        other._bits, other._provenance = {name: self._bits[name] for name in other._shapes}, self._provenance
+        return other
 
     def __getitem__(self, name: str) -> Tensor:
         columns = self._shapes[name][1]
@@ -203,7 +202,7 @@ class Mask(Mapping[str, Tensor]):
 
 
 def in_common(masks: Sequence[Mask]) -> tuple[list[Mask], list[str]]:
-    """Masks cut to the matrices that all of them have, and the names of the others.
+    """Masks cut to the matrices that all of them have (their bits are not copied), and the names of the others.
 
     Raises:
         UserError: where there is no such matrix, or one is of different shapes.
