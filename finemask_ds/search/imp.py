@@ -54,7 +54,7 @@ def find_mask(setting: Setting) -> Outcome:
         trainer = Trainer(setting, engine, objective, recorder, theta0, stopwatch=stopwatch)
         state = {"rung": -1} | trainer.resume()
         # Distances from the unpruned model.
-        watch = MaskWatch(theta0.places, mask, previous=looked_at_last(setting, rungs, state), draw=setting.draw)
+        watch = MaskWatch(theta0.places, mask, looked_at_last(setting, rungs, state) or mask, setting.draw)
         for rung, sparsity in enumerate(rungs):
             if rung < state["rung"]:
                 continue

@@ -70,9 +70,7 @@ def find_mask(setting: Setting) -> Outcome:
             keep_mask(setting, setting.run.snapshot(step), mask, step, config.sparsity, stopwatch.seconds)
 
         watched = not state["step"] or is_due(config.watch_every, state["step"], last=config.num_steps)
-        watch = MaskWatch(
-            theta0.places, start, previous=read_mask(theta0.model), draw=setting.draw, has_previous=watched
-        )
+        watch = MaskWatch(theta0.places, start, read_mask(theta0.model) if watched else None, setting.draw)
         trainer.run(
             Span(first=state["step"] + 1, last=config.num_steps, decay=config.num_schedule_steps),
             after_step=[masks.after_step],

@@ -46,8 +46,8 @@ class MaskWatch:
     """Compares each observed mask with the one before it and with the start.
 
     `places` gives the role ("Q", "K", ...) and layer (None outside the layers) of each matrix, `start` its
-    first mask, bool. `previous` is the mask observed last, where a resumed run goes on from a later one
-    than the start; without `has_previous` nobody knows it, and the first look tells no flips.
+    first mask, bool. `previous` is the mask observed last, before the first look the start; None where a
+    resumed run does not know it, so that its first look tells no flips.
     `draw(grid, rows, columns)` turns the distances, float [layers, roles] with NaN where there is no matrix,
     into uint8 [height, width, 3]; without it no heat map is recorded. Keeps two masks, a bit per weight.
     """
@@ -56,15 +56,12 @@ class MaskWatch:
         self,
         places: Mapping[str, tuple[str, int | None]],
         start: Mapping[str, torch.Tensor],
-        previous: Mapping[str, torch.Tensor] | None = None,
+        previous: Mapping[str, torch.Tensor] | None,
         draw: Draw | None = None,
-        *,
-        has_previous: bool = True,
     ) -> None:
         self._places = {name: places[name] for name in start}
         self._start = _packed(start, start)
-        self._previous = _packed(previous or start, start)
-        self._has_previous = has_previous
+        self._previous = None if previous is None else _packed(previous, start)
         self._draw = draw
 
     def observe(
@@ -85,11 +82,11 @@ class MaskWatch:
         if not recorder.writes:
             return
         now = _packed(mask, self._start)
-        counts = {name: self._count(name, now) for name in self._start}
-        has_previous, self._previous, self._has_previous = self._has_previous, now, True
+        previous, self._previous = self._previous, now
+        counts = {name: self._count(name, now, previous or now) for name in self._start}
         for group, sums in self._groups(counts).items():
             recorder.record_last(f"mask/sparsity/{group}", 1 - sums.kept / sums.total)
-            if has_previous:
+            if previous is not None:
                 recorder.record_last(f"mask/flips/{group}", sums.flipped / sums.total)
             recorder.record_last(f"mask/distance/{group}", sums.distance)
         if self._draw is not None:
@@ -98,10 +95,10 @@ class MaskWatch:
             for role, margins in self._margins(scores, thresholds or {}).items():
                 recorder.histogram(f"mask/margin/{role}", margins)
 
-    def _count(self, name: str, now: Mask) -> _Counts:
+    def _count(self, name: str, now: Mask, before: Mask) -> _Counts:
         if now.shapes[name] != self._start.shapes[name]:
             raise ValueError(f"{name}: mask of shape {now.shapes[name]}, at the start {self._start.shapes[name]}")
-        bits, previous, start = (mask.bits(name) for mask in (now, self._previous, self._start))
+        bits, previous, start = (mask.bits(name) for mask in (now, before, self._start))
         return _Counts(now.num_weights(name), ones(bits), ones(bits ^ previous), ones(bits & start), ones(bits | start))
 
     def _groups(self, counts: Mapping[str, _Counts]) -> dict[str, _Counts]:

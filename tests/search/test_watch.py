@@ -61,7 +61,7 @@ GROUPS = {
 
 def test_numbers_equal_those_of_plain_sets():
     masks = [random_mask(seed, 0.3 + seed / 10) for seed in range(3)]
-    watch = MaskWatch(PLACES, masks[0])
+    watch = MaskWatch(PLACES, masks[0], masks[0])
     for before, now in itertools.pairwise(masks):
         values, _ = observed(watch, now)
         assert values.keys() == {f"mask/{what}/{g}" for what in ("sparsity", "flips", "distance") for g in GROUPS}
@@ -74,7 +74,7 @@ def test_numbers_equal_those_of_plain_sets():
 
 def test_a_mask_that_is_edited_in_place_is_still_seen_to_flip():
     live = random_mask(0)
-    watch = MaskWatch(PLACES, live)
+    watch = MaskWatch(PLACES, live, live)
     live["k0"].logical_not_()
     values, _ = observed(watch, live)
     assert values["mask/flips/K"] == 1
@@ -86,14 +86,14 @@ def test_a_mask_that_is_edited_in_place_is_still_seen_to_flip():
 
 def test_a_resumed_watch_goes_on_where_the_other_stopped():
     start, middle, end = (random_mask(seed) for seed in range(3))
-    watch = MaskWatch(PLACES, start)
+    watch = MaskWatch(PLACES, start, start)
     observed(watch, middle)
-    assert observed(MaskWatch(PLACES, start, previous=middle), end)[0] == observed(watch, end)[0]
+    assert observed(MaskWatch(PLACES, start, middle), end)[0] == observed(watch, end)[0]
 
 
 def test_a_watch_that_does_not_know_the_mask_before_tells_no_flips_at_first():
     start, middle, end = (random_mask(seed) for seed in range(3))
-    watch, other = MaskWatch(PLACES, start, has_previous=False), MaskWatch(PLACES, start)
+    watch, other = MaskWatch(PLACES, start, None), MaskWatch(PLACES, start, start)
     known, unknown = observed(other, middle)[0], observed(watch, middle)[0]
     assert unknown == {name: value for name, value in known.items() if "/flips/" not in name} != known
     assert observed(watch, end)[0] == observed(other, end)[0]
@@ -101,7 +101,7 @@ def test_a_watch_that_does_not_know_the_mask_before_tells_no_flips_at_first():
 
 def test_two_empty_masks_are_at_distance_0():
     empty = random_mask(0, density=0.0)
-    values, _ = observed(MaskWatch(PLACES, empty), empty)
+    values, _ = observed(MaskWatch(PLACES, empty, empty), empty)
     assert values["mask/distance/total"] == 0
     assert values["mask/sparsity/total"] == 1
 
@@ -114,7 +114,7 @@ def test_the_heat_map_gets_the_distance_of_each_matrix_and_nan_elsewhere():
         seen.append(arguments)
         return distance_map(*arguments)
 
-    _, kept = observed(MaskWatch(PLACES, start, draw=draw), now)
+    _, kept = observed(MaskWatch(PLACES, start, start, draw), now)
     (grid, rows, columns) = seen[0]
     assert (rows, columns) == (["-", "0", "11"], ["Emb", "Q", "K"])
     flat = {name: plain_distance(joined(start, [name]), joined(now, [name])) for name in start}
@@ -130,7 +130,9 @@ def test_the_heat_map_gets_the_distance_of_each_matrix_and_nan_elsewhere():
 def test_margins_are_scores_minus_the_threshold_of_their_matrix():
     scores = {name: torch.full(shape, 0.5) for name, shape in SHAPES.items()}
     thresholds = {"emb": 0.25, "q0": 0.5, "q11": 1.0}
-    _, kept = observed(MaskWatch(PLACES, random_mask(0)), random_mask(0), scores=scores, thresholds=thresholds)
+    _, kept = observed(
+        MaskWatch(PLACES, random_mask(0), random_mask(0)), random_mask(0), scores=scores, thresholds=thresholds
+    )
     assert {name: sorted(set(values.tolist())) for name, values in kept.histograms.items()} == {
         "mask/margin/Emb": [0.25],
         "mask/margin/Q": [-0.5, 0.0],
@@ -149,12 +151,12 @@ def test_a_sample_is_small_repeatable_and_looks_at_every_column():
 
 def test_ranks_that_write_nothing_do_nothing():
     recorder = Recorder()
-    MaskWatch(PLACES, random_mask(0)).observe(recorder, random_mask(1))
+    MaskWatch(PLACES, random_mask(0), random_mask(0)).observe(recorder, random_mask(1))
     assert recorder.flush(1) == {}
 
 
 def test_what_is_no_mask_of_this_model_is_refused():
-    watch = MaskWatch(PLACES, random_mask(0))
+    watch = MaskWatch(PLACES, random_mask(0), random_mask(0))
     with pytest.raises(TypeError, match="bool"):
         observed(watch, random_mask(0) | {"q0": torch.ones(8, 8)})
     with pytest.raises(ValueError, match="shape"):
