@@ -102,7 +102,7 @@ def score_table() -> str:
     rows = [
         [cell.setting, str(cell.steps), *(scores[cell.name].get(task, "-") for task in SMALL)] for cell in FINE_TUNED
     ]
-    return markdown(["start, mask rate", "steps", *SMALL], rows)
+    return markdown(["start, scope, mask rate", "steps", *SMALL], rows)
 
 
 def results(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
@@ -128,7 +128,7 @@ def table(found: Mapping[tuple[str, str, int], list[dict[str, Any]]]) -> str:
         rows.append([group, setting, str(steps), f"{statistics.mean(losses):.4f}{spread}", old_head, str(len(losses)),
                      f"{seconds:.0f}", distance])  # fmt: skip
     return markdown(
-        ["", "start, mask rate", "steps", "dev loss", "theta_0's head", "seeds", "seconds", "from OMP"], rows
+        ["", "start, scope, mask rate", "steps", "dev loss", "theta_0's head", "seeds", "seconds", "from OMP"], rows
     )
 
 
