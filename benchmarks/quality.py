@@ -92,7 +92,7 @@ def fine_tune(shared: Path) -> None:
     A kept score counts by the name of its search: found again on another machine, a mask may differ in a few bits.
     """
     scored = scores()
-    missing = {cell: [task for task in SMALL if task not in scored[cell.name]] for cell in FINE_TUNED}
+    missing = {cell: [task for task in SMALL if (cell.name, task) not in scored] for cell in FINE_TUNED}
     run_all([cell for cell, tasks in missing.items() if tasks and not Run(ROOT / cell.name).mask.exists()], shared)
     told = options(cut_data(shared / "data", ROOT / "data"), str(shared / "models/all-MiniLM-L6-v2"), 1e-4)
     cells = [
@@ -101,13 +101,10 @@ def fine_tune(shared: Path) -> None:
     complete(Plan.write(ROOT / "downstream", cells), KEPT_SCORES)
 
 
-def scores() -> dict[str, dict[str, float]]:
-    """Name of a compared search -> task -> dev score of its mask, as far as they are kept."""
-    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for path in KEPT_SCORES.glob("*.json"):
-        kept = read_json(path)
-        found[Path(kept["mask"]).parent.name][kept["task"]] = kept["score"]
-    return found
+def scores() -> dict[tuple[str, str], float]:
+    """Name of a compared search and task -> dev score of its mask, as far as they are kept."""
+    found = [read_json(path) for path in KEPT_SCORES.glob("*.json")]
+    return {(Path(kept["mask"]).parent.name, kept["task"]): kept["score"] for kept in found}
 
 
 def score_table() -> str:
@@ -115,7 +112,7 @@ def score_table() -> str:
     scored = scores()
     rows = [
         [cell.setting, str(cell.steps)]
-        + [f"{100 * scored[cell.name][task]:.1f}" if task in scored[cell.name] else "-" for task in SMALL]
+        + [f"{100 * scored[cell.name, task]:.1f}" if (cell.name, task) in scored else "-" for task in SMALL]
         for cell in FINE_TUNED
     ]
     return markdown(["start, scope, mask rate", "steps", *SMALL], rows)
